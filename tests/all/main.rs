@@ -52,6 +52,7 @@ mod panics;
 mod peers;
 mod pinned;
 mod prefetch;
+mod pressure;
 mod readahead;
 mod reading;
 mod recording;

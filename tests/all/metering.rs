@@ -2,7 +2,7 @@
 
 use crate::readahead::read_slowly;
 use crate::{PAGE, pattern, until};
-use pagestitch::{Chunk, Pool, Readahead, Region};
+use pagestitch::{Budget, Chunk, Pool, Readahead, Region};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
@@ -105,6 +105,27 @@ fn coverage_counts_present_and_poisoned_pages() {
     assert_eq!(seen(1000).len(), 100, "no more parts than pages");
     drop(region);
     assert_eq!(seen(1), [(100, 25, 1)]);
+}
+
+#[test]
+fn coverage_counts_pages_that_have_left_and_come_back() {
+    let (budget, pages) = (Budget::bytes(8 << 20).unwrap(), 1024);
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let builder = Region::builder().chunk(pattern(7, pages * PAGE)).readahead(Readahead::None);
+    let region = builder.budget(&budget).build(&pool).unwrap();
+    let meter = region.meter();
+    let seen = || -> Vec<_> {
+        let parts = meter.coverage(4);
+        parts.iter().map(|part| (part.pages, part.present, part.evicted, part.returned)).collect()
+    };
+    region.populate(0..512 * PAGE as u64).unwrap();
+    assert_eq!(seen(), [(256, 256, 0, 0), (256, 256, 0, 0), (256, 0, 0, 0), (256, 0, 0, 0)]);
+    assert_eq!(region.evict(0..256 * PAGE as u64).unwrap(), 256 * PAGE as u64);
+    assert_eq!(seen(), [(256, 0, 256, 0), (256, 256, 0, 0), (256, 0, 0, 0), (256, 0, 0, 0)]);
+    region.populate(0..100 * PAGE as u64).unwrap();
+    assert_eq!(seen()[0], (256, 100, 156, 100));
+    drop(region);
+    assert_eq!(seen()[0], (256, 100, 156, 100), "a meter outlives its region");
 }
 
 #[test]

@@ -1,7 +1,10 @@
 //! `pagestitch demo`: stitches pieces of a real file and of memory, and checks the result.
 
+mod bounded;
+
 use crate::output::{Form, bytes, count, hexadecimal, nanoseconds, table};
 use crate::touch::Touch;
+use bounded::Bounded;
 use clap::Args;
 use hdrhistogram::Histogram;
 use pagestitch::source::{FileSource, Memory};
@@ -47,6 +50,8 @@ struct Measurement {
     after_touch: Metrics,
     sha256: String,
     expected: String,
+    /// `None` without userfaultfd, because pages do not leave then.
+    bounded: Option<Bounded>,
 }
 
 pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
@@ -85,7 +90,12 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
         )
         .into());
     }
-    Ok(())
+    match &measured.bounded {
+        Some(bounded) if !bounded.is_right() => {
+            Err(format!("{} Report this defect of pagestitch", bounded.line()).into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Reads the whole file.
@@ -151,6 +161,9 @@ fn measure(
     let expected = hexadecimal(&Sha256::digest(copy?));
     let again = build()?;
     again.populate(..)?;
+    let sha256 = hexadecimal(&Sha256::digest(again.as_slice()));
+    drop(again);
+    let bounded = server.pool().map(|_| Bounded::read(content)).transpose()?;
     Ok(Measurement {
         is_eager: server.pool().is_none(),
         pieces: cuts.len(),
@@ -160,8 +173,9 @@ fn measure(
         eager_ns,
         latencies,
         after_touch,
-        sha256: hexadecimal(&Sha256::digest(again.as_slice())),
+        sha256,
         expected,
+        bounded,
     })
 }
 
@@ -211,6 +225,10 @@ fn print(measured: &Measurement) -> Result<(), Box<dyn Error>> {
         table.add_row([name, &value]);
     }
     writeln!(out, "{table}")?;
+    match &measured.bounded {
+        Some(bounded) => writeln!(out, "\n{}", bounded.line())?,
+        None => writeln!(out, "\nNo budget was shown: without userfaultfd, pages do not leave.")?,
+    }
     Ok(())
 }
 
@@ -226,6 +244,7 @@ fn print_json(measured: &Measurement) -> Result<(), Box<dyn Error>> {
         after_touch,
         sha256,
         expected,
+        bounded,
     } = measured;
     let at = |quantile| latencies.value_at_quantile(quantile);
     let all = json!({
@@ -233,6 +252,7 @@ fn print_json(measured: &Measurement) -> Result<(), Box<dyn Error>> {
         "pages_copied": after_touch.pages_copied, "pages_buffered": after_touch.pages_buffered,
         "pages_gathered": after_touch.pages_gathered, "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max(),
         "build_ns": build_ns, "touch_ns": touch_ns, "eager_ns": eager_ns, "sha256": sha256, "sha256_matches": sha256 == expected,
+        "bounded": bounded.as_ref().map(Bounded::json),
     });
     writeln!(stdout(), "{all}")?;
     Ok(())

@@ -68,11 +68,12 @@ impl Map {
         let share = all.present as f64 * 100.0 / all.pages.max(1) as f64;
         let columns = self.columns as u64;
         format!(
-            "{} in {}: {} present ({share:.1} %), {} lost. A cell is {}, a row {}.",
+            "{} in {}: {} present ({share:.1} %), {} lost{}. A cell is {}, a row {}.",
             bytes(all.pages * self.page),
             count(all.pages as usize, "page"),
             all.present,
             all.poisoned,
+            left(&all),
             bytes(largest * self.page),
             bytes(largest * columns * self.page),
         )
@@ -85,7 +86,7 @@ impl Map {
             let (class, name) = (class(density), density.name());
             svg += &format!("<path class=\"key {class}\" d=\"{}\"/>", mark(density, x, 58, 1, KEY + 1));
             svg += &format!("<text x=\"{}\" y=\"69\">{name}</text>", x + KEY + 6);
-            x += KEY + 28 + name.len() * LETTER;
+            x += KEY + 20 + name.len() * LETTER;
         }
         svg + "</g>\n"
     }
@@ -142,9 +143,10 @@ impl Map {
         let all = sum(&self.cells[first..first + length]);
         let [start, end] = [0, all.pages].map(|pages| (self.starts[first] + pages) * self.page);
         let lost = if all.poisoned > 0 { format!(", {} lost", all.poisoned) } else { String::new() };
+        let left = left(&all);
         let (x, y) = (LEFT + column * self.side, TOP + row * self.side);
         format!(
-            "<rect x=\"{x}\" y=\"{y}\" width=\"{}\" height=\"{}\"><title>{start:#x}..{end:#x} ({}): {} of {} present{lost}</title></rect>\n",
+            "<rect x=\"{x}\" y=\"{y}\" width=\"{}\" height=\"{}\"><title>{start:#x}..{end:#x} ({}): {} of {} present{lost}{left}</title></rect>\n",
             length * self.side - 1,
             self.side - 1,
             offset(start),
@@ -170,8 +172,18 @@ fn sum(cells: &[Coverage]) -> Coverage {
         all.pages += cell.pages;
         all.present += cell.present;
         all.poisoned += cell.poisoned;
+        all.evicted += cell.evicted;
+        all.returned += cell.returned;
         all
     })
+}
+
+/// The counts of pages that have left, if there are some.
+fn left(part: &Coverage) -> String {
+    match (part.evicted, part.returned) {
+        (0, 0) => String::new(),
+        (evicted, returned) => format!(", {evicted} evicted, {returned} back"),
+    }
 }
 
 /// The density of cells that are all absent or all present.
@@ -187,6 +199,8 @@ const fn class(density: Density) -> &'static str {
         Density::Some => "some",
         Density::Most => "most",
         Density::All => "all",
+        Density::Evicted => "evicted",
+        Density::Returned => "returned",
         Density::Lost => "lost",
     }
 }
@@ -214,11 +228,13 @@ text { fill: #1f2328 } .name { font-size: 15px; font-weight: 600 }
 .offsets text { text-anchor: end; fill: #59636e }
 .cells path, .key { fill: none } .key { stroke-width: 13 }
 .none { stroke: #e4e8ec } .few { stroke: #a6dcb5 } .some { stroke: #56b870 } .most { stroke: #1f8a43 } .all { stroke: #0b4f23 }
+.evicted { stroke: #e3a008 } .returned { stroke: #5b5bd6 }
 .cells .lost, .key.lost { stroke: #cf222e; stroke-width: 2; stroke-dasharray: none }
 .counts rect { fill: transparent } .counts rect:hover { stroke: #0969da; stroke-width: 1.5 }
 @media (prefers-color-scheme: dark) {
 svg { background: #0d1117 } text { fill: #e6edf3 } .offsets text { fill: #9198a1 }
 .none { stroke: #2d333b } .few { stroke: #14532d } .some { stroke: #1f7a3f } .most { stroke: #3fb85f } .all { stroke: #aff5b9 }
+.evicted { stroke: #b8860b } .returned { stroke: #8b8bff }
 .cells .lost, .key.lost { stroke: #ff6a63 }
 }
 ";
@@ -226,7 +242,7 @@ svg { background: #0d1117 } text { fill: #e6edf3 } .offsets text { fill: #9198a1
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::density::tests::part;
+    use crate::density::tests::{left, part};
     use pagestitch::{Chunk, Pool, Region};
     use pagestitch_testkit::scripted::Scripted;
     use std::sync::Arc;
@@ -267,8 +283,30 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn pages_that_have_left_and_come_back_have_cells_counts_and_a_legend() {
+        let mut cells = parts(3, 1, |_| 0);
+        cells[0] = left(cells[0], 1, 0);
+        cells[1] = left(part(1, 1, 0), 0, 1);
+        let svg = Map::new(cells, 4096).svg("name");
+        for part in [
+            "1 present (33.3 %), 0 lost, 1 evicted, 1 back. A cell is",
+            "<title>0x0..0x3000 (0): 1 of 3 pages present, 1 evicted, 1 back</title>",
+            "<path class=\"evicted\" d=\"M88 ",
+            "<path class=\"returned\" d=\"M102 ",
+            ">mostly evicted</text>",
+            ">mostly back</text>",
+        ] {
+            assert!(svg.contains(part), "{part} is not in\n{svg}");
+        }
+        assert!(!heatmap(&half_present().meter()).contains("class=\"key evicted\""), "without a budget");
+    }
+
+    #[test]
     fn every_density_of_a_map_is_in_its_legend() {
-        let map = Map::new(parts(600, 500, |part| [0, 1, 200, 400, 500][part % 5]), 4096);
+        let mut cells = parts(600, 500, |part| [0, 1, 200, 400, 500][part % 5]);
+        cells[0] = left(cells[0], 1, 0);
+        cells[1] = left(cells[1], 1, 1);
+        let map = Map::new(cells, 4096);
         let svg = map.svg("name");
         for density in Density::EACH {
             let class = class(density);
@@ -307,7 +345,8 @@ pub(crate) mod tests {
     #[test]
     fn the_offsets_and_the_legend_do_not_overlap() {
         for cells in [1, 2048, 2049, 8192] {
-            let map = Map::new(parts(cells, 500, |_| 1), 4096);
+            let has_left = parts(cells, 500, |_| 1).into_iter().map(|cell| left(cell, 1, 1)).collect();
+            let map = Map::new(has_left, 4096);
             let offsets = map.offsets();
             let rows: Vec<usize> = offsets
                 .split(" y=\"")

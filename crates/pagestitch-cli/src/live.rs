@@ -3,7 +3,7 @@
 use crate::density::Density;
 use crate::log;
 use crate::output::{bytes, count, nanoseconds, offset};
-use crate::scene::{Content, Scene, Watched};
+use crate::scene::{Content, Limit, Scene, Watched};
 use pagestitch::{Coverage, Histogram, Support};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
@@ -109,17 +109,20 @@ fn paint(frame: &mut Frame<'_>, content: &mut Content) {
     }
     let last = content.lines.iter().skip(content.lines.len().saturating_sub(LINES_SHOWN));
     frame.render_widget(Paragraph::new(last.map(|line| Line::raw(line.as_str())).collect::<Vec<_>>()), log);
-    frame.render_widget(Paragraph::new(help_line(content.regions.len() - shown)), help);
+    let has_budget = content.regions.iter().any(|watched| watched.budget.is_some());
+    frame.render_widget(Paragraph::new(help_line(content.regions.len() - shown, has_budget)), help);
 }
 
-/// The key that quits, the number of regions that are not drawn, and the legend of the maps.
-fn help_line(beyond: usize) -> Line<'static> {
+/// The key that quits, the number of regions that are not drawn, and the legend of the maps, on which
+/// pages may have left.
+fn help_line(beyond: usize, has_left: bool) -> Line<'static> {
     let mut spans = vec![Span::raw("q quits").dim()];
     if beyond > 0 {
         spans.push(Span::raw(format!("; {} more", count(beyond, "region"))).dim());
     }
     spans.push(Span::raw(" ").dim());
-    for density in Density::EACH {
+    let leave = |density| matches!(density, Density::Evicted | Density::Returned);
+    for density in Density::EACH.into_iter().filter(|&density| has_left || !leave(density)) {
         let (glyph, name) = (glyph(density), short_name(density));
         spans.extend([Span::raw("  "), glyph, Span::raw(format!(" {name}")).dim()]);
     }
@@ -131,8 +134,10 @@ impl Watched {
         let block = Block::bordered().title(self.title());
         let inside = block.inner(area);
         frame.render_widget(block, area);
-        let [numbers, map] = Layout::vertical([Constraint::Length(2), Constraint::Min(1)]).areas(inside);
-        frame.render_widget(Paragraph::new(self.numbers()), numbers);
+        let lines = self.numbers();
+        let heights = [Constraint::Length(lines.len() as u16), Constraint::Min(1)];
+        let [numbers, map] = Layout::vertical(heights).areas(inside);
+        frame.render_widget(Paragraph::new(lines), numbers);
         frame.render_widget(Paragraph::new(self.map(map.width.into(), map.height.into())), map);
     }
 
@@ -185,7 +190,34 @@ impl Watched {
                 quantiles(&latency.resolve)
             )
         });
-        vec![Line::from(first), Line::raw(second)]
+        let mut lines = vec![Line::from(first), Line::raw(second)];
+        lines.extend(self.budget.iter().flat_map(Limit::lines));
+        lines
+    }
+}
+
+impl Limit {
+    /// The memory of the budget, and the pages that have left and come back.
+    fn lines(&self) -> [Line<'static>; 2] {
+        let (metrics, [resident, standby, dirty]) = (&self.metrics, self.sizes().map(bytes));
+        let memory = format!(
+            "{resident} of {} in memory: {standby} standby, {dirty} dirty; stalled {}",
+            bytes(self.budget.limit()),
+            time(metrics.stalled),
+        );
+        let pages = format!(
+            "{:.0} evictions/s: {} evicted, {} soft faults, {} refaults, {} written back",
+            self.evictions_per_second,
+            metrics.evictions,
+            metrics.soft_faults,
+            metrics.refaults,
+            metrics.write_backs,
+        );
+        [Line::raw(memory), Line::raw(pages)]
+    }
+
+    const fn sizes(&self) -> [u64; 3] {
+        [self.metrics.resident_bytes, self.metrics.standby_bytes, self.metrics.dirty_bytes]
     }
 }
 
@@ -211,6 +243,8 @@ fn glyph(density: Density) -> Span<'static> {
         Density::Some => Span::styled("▒", present),
         Density::Most => Span::styled("▓", present),
         Density::All => Span::styled("█", present),
+        Density::Evicted => Span::styled("○", Style::new().fg(Color::Yellow)),
+        Density::Returned => Span::styled("●", Style::new().fg(Color::Blue)),
         Density::Lost => Span::styled("×", Style::new().red().bold()),
     }
 }
@@ -223,6 +257,8 @@ const fn short_name(density: Density) -> &'static str {
         Density::Some => "≤50 %",
         Density::Most => ">50 %",
         Density::All => "all",
+        Density::Evicted => "evicted",
+        Density::Returned => "back",
         Density::Lost => "lost",
     }
 }
@@ -241,6 +277,7 @@ const LEAST_HEIGHT: u16 = 6;
 mod tests {
     use super::*;
     use crate::heatmap::tests::half_present;
+    use pagestitch::{Budget, Pool, Region};
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
@@ -286,6 +323,34 @@ mod tests {
         assert!(!shown_at(&scene, 20, 9).contains("  0 █"), "a narrow picture has no room for offsets");
         let glyphs: Vec<_> = Density::EACH.iter().map(|&density| glyph(density).content).collect();
         assert!(glyphs.iter().enumerate().all(|(nth, glyph)| !glyphs[..nth].contains(glyph)), "{glyphs:?}");
+    }
+
+    #[test]
+    fn a_budget_has_lines_and_pages_that_have_left_are_on_the_map() {
+        let budget = Budget::bytes(6 << 20).unwrap();
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let builder = Region::builder().chunk(vec![7; 12 << 20]).budget(&budget);
+        let region = builder.build(&pool).unwrap();
+        // Each page comes after the eviction of others, and the first ones come back after theirs.
+        for page in (0..3072).chain(0..256) {
+            assert_eq!(region.as_slice()[page * 4096], 7);
+        }
+        let scene = Scene::default();
+        scene.add_limited(region.meter(), budget.clone());
+        let seen = shown_at(&scene, 80, 20);
+        // Those of the picture, because workers may still evict.
+        let metrics = scene.lock().regions[0].budget.as_ref().unwrap().metrics;
+        assert!(metrics.evictions > 1_500 && metrics.refaults + metrics.soft_faults > 0, "{metrics:?}");
+        for part in [
+            &format!("{} evicted, ", metrics.evictions),
+            "of 6.0 MiB in memory: ",
+            " dirty; stalled ",
+            "○ evicted  ● back",
+        ] {
+            assert!(seen.contains(part), "{part} is not in\n{seen}");
+        }
+        let (map, _) = seen.split_once("○ evicted").unwrap();
+        assert!(map.contains('○') && map.contains('●'), "{seen}");
     }
 
     #[test]

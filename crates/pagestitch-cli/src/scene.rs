@@ -1,6 +1,6 @@
 //! The scene of `--live`: the regions that are drawn, with their rates, and the latest lines of text.
 
-use pagestitch::{Meter, Metrics};
+use pagestitch::{Budget, BudgetMetrics, Meter, Metrics};
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -24,14 +24,34 @@ pub(crate) struct Watched {
     pub(crate) metrics: Metrics,
     pub(crate) faults_per_second: f64,
     pub(crate) pages_per_second: f64,
+    /// The limit of its memory, if it has one.
+    pub(crate) budget: Option<Limit>,
+}
+
+/// A limit of memory, with its counts at the time of the latest update.
+#[derive(Debug)]
+pub(crate) struct Limit {
+    pub(crate) budget: Budget,
+    pub(crate) metrics: BudgetMetrics,
+    pub(crate) evictions_per_second: f64,
 }
 
 impl Scene {
     pub(crate) fn add(&self, meter: Meter) {
+        self.push(meter, None);
+    }
+
+    /// Adds a region whose pages leave because of a budget.
+    pub(crate) fn add_limited(&self, meter: Meter, budget: Budget) {
+        let metrics = budget.metrics();
+        self.push(meter, Some(Limit { budget, metrics, evictions_per_second: 0.0 }));
+    }
+
+    fn push(&self, meter: Meter, budget: Option<Limit>) {
         let metrics = meter.metrics();
         let (faults_per_second, pages_per_second) = (0.0, 0.0);
         let watched =
-            Watched { meter, updated: Instant::now(), metrics, faults_per_second, pages_per_second };
+            Watched { meter, updated: Instant::now(), metrics, faults_per_second, pages_per_second, budget };
         self.lock().regions.push(watched);
     }
 
@@ -63,6 +83,11 @@ impl Watched {
         let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / elapsed.as_secs_f64();
         self.faults_per_second = rate(metrics.faults, self.metrics.faults);
         self.pages_per_second = rate(metrics.pages_installed(), self.metrics.pages_installed());
+        if let Some(Limit { budget, metrics, evictions_per_second }) = &mut self.budget {
+            let now = budget.metrics();
+            *evictions_per_second = rate(now.evictions, metrics.evictions);
+            *metrics = now;
+        }
         (self.updated, self.metrics) = (now, metrics);
     }
 }

@@ -117,7 +117,10 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
         })?;
     }
     let scene = Scene::default();
-    scene.add(region.meter());
+    match &budget {
+        Some(budget) => scene.add_limited(region.meter(), budget.clone()),
+        None => scene.add(region.meter()),
+    }
     let quit = move || {
         left.iter().for_each(|part| drop(fs::remove_file(part)));
         live::quit();
@@ -363,11 +366,13 @@ fn print_counters(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
     let Some(budget) = &summary.budget else { return Ok(()) };
     writeln!(
         out,
-        "{} in memory at the end; {} evicted, {} back from standby, {} read again",
+        "{} in memory at the end, {} of them on standby; {} evicted, {} back from standby, {} read again; threads waited {} for memory",
         bytes(budget.resident_bytes),
+        bytes(budget.standby_bytes),
         count(budget.evictions as usize, "page"),
         budget.soft_faults,
-        budget.refaults
+        budget.refaults,
+        nanoseconds(budget.stalled.as_nanos() as u64),
     )
 }
 
@@ -390,7 +395,8 @@ fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
         json!({
             "resident_bytes": budget.resident_bytes, "standby_bytes": budget.standby_bytes, "evictions": budget.evictions,
             "soft_faults": budget.soft_faults, "refaults": budget.refaults, "overruns": budget.overruns, "kept": budget.kept,
-            "stalled_ns": budget.stalled.as_nanos() as u64,
+            "stalled_ns": budget.stalled.as_nanos() as u64, "dirty_bytes": budget.dirty_bytes, "write_backs": budget.write_backs,
+            "write_failures": budget.write_failures,
         })
     });
     let all = json!({

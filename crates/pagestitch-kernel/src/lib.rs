@@ -110,6 +110,7 @@ pub mod page_scan;
 pub mod pages;
 pub mod physical;
 mod populate;
+pub mod pressure;
 pub mod priority;
 pub mod process;
 pub mod ranges;

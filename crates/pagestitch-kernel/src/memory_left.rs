@@ -110,6 +110,12 @@ fn groups(root: &Path) -> Vec<Group> {
     paths.flat_map(|(version, path)| groups_of(root, &mounts, version, path)).collect()
 }
 
+/// The folder of this process's own cgroup of version 2, with the mounts of cgroups below another folder.
+pub(crate) fn own_cgroup(root: &Path) -> Option<PathBuf> {
+    let own = groups(root).into_iter().find(|group| group.version == Version::Two)?;
+    Some(own.folder)
+}
+
 /// The cgroups from `path` up, in the first mount of that version.
 fn groups_of(root: &Path, mounts: &str, version: Version, path: &str) -> Vec<Group> {
     let mount = mounts.lines().find_map(|line| mount_of(line, version));
@@ -200,6 +206,7 @@ mod tests {
             ],
         );
         assert_eq!(tree.left(), Some((MIB / 2, Limit::CgroupMemory(MIB))));
+        assert_eq!(own_cgroup(&tree.0), Some(tree.0.join(two).join("outer/inner")));
         assert_eq!(tree.most(), Some(MIB));
     }
 

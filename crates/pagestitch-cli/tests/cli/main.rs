@@ -137,6 +137,24 @@ fn a_region_within_a_limit_of_memory_has_the_same_hash() {
     let memory = &limited["memory"];
     assert!(memory["resident_bytes"].as_u64() <= Some(5 << 20), "{memory}");
     assert!(memory["evictions"].as_u64() > Some(2_000), "{memory}");
+    let counts =
+        ["standby_bytes", "soft_faults", "refaults", "overruns", "kept", "stalled_ns", "dirty_bytes"];
+    let counts = counts.into_iter().chain(["write_backs", "write_failures"]);
+    counts.for_each(|count| assert!(memory[count].is_u64(), "{count} is not in {memory}"));
+}
+
+#[test]
+fn evicted_pages_are_in_the_summary_and_on_the_map() {
+    let directory = files();
+    fs::write(directory.path().join("long"), vec![7; 12 << 20]).unwrap();
+    let stitch = ["stitch", "long", "--copy", "--workers", "1", "--memory", "5M"];
+    let said = out(&pagestitch(directory.path(), &[&stitch[..], &["--heatmap", "map.svg"]].concat()));
+    let line = said.lines().find(|line| line.contains(" in memory at the end, ")).unwrap();
+    for part in [" of them on standby; ", " evicted, ", " read again; threads waited ", " for memory"] {
+        assert!(line.contains(part), "{part} is not in {line}");
+    }
+    let map = fs::read_to_string(directory.path().join("map.svg")).unwrap();
+    assert!(map.contains("<path class=\"evicted\" ") && map.contains(">mostly evicted</text>"), "{line}");
 }
 
 #[test]
@@ -325,6 +343,24 @@ fn the_demo_checks_its_bytes_and_prints_counters() {
         serde_json::from_str(&out(&pagestitch(directory.path(), &["demo", "--json", "--file", "a"])))
             .unwrap();
     assert_eq!((json["sha256_matches"].as_bool(), json["bytes"].as_u64()), (Some(true), Some(10_000)));
+}
+
+#[test]
+fn the_demo_reads_a_region_that_is_longer_than_its_budget() {
+    let directory = files();
+    let said = out(&pagestitch(directory.path(), &["demo", "--file", "a"]));
+    let line = said.lines().last().unwrap();
+    let told = "A region of 64.0 MiB in a budget of 8.0 MiB: ";
+    assert!(line.starts_with(told) && line.contains(" bytes are equal; at most "), "{said}");
+    let json = out(&pagestitch(directory.path(), &["demo", "--json", "--file", "a"]));
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let of = |name: &str| json["bounded"][name].as_u64().unwrap();
+    assert!(of("bytes") >= 64 << 20 && of("limit_bytes") == 8 << 20, "{json}");
+    assert_eq!(of("equal_bytes"), of("bytes"));
+    // Beside the budget, each worker has a buffer of a huge page, and the region its tables.
+    let resident = of("resident_bytes_max");
+    assert!(resident > 1 << 20 && resident <= 32 << 20, "{json}");
+    assert!(of("evictions") * 4096 >= of("bytes") - (8 << 20), "{json}");
 }
 
 #[test]
@@ -608,6 +644,7 @@ fn a_demo_without_userfaultfd_says_so_and_has_the_right_bytes() {
     let json = out(&without_userfaultfd(directory.path(), &["demo", "--json"]));
     let json: Value = serde_json::from_str(&json).unwrap();
     assert_eq!((&json["sha256_matches"], &json["server"]), (&true.into(), &"eager".into()));
+    assert!(said.contains("No budget was shown: ") && json["bounded"].is_null(), "{said}");
 }
 
 #[test]

@@ -13,6 +13,10 @@ pub struct Coverage {
     pub present: u64,
     /// Of these, the pages that are poisoned, because their bytes were unavailable.
     pub poisoned: u64,
+    /// Of these, the absent pages that have left because of the region's [budget](crate::Budget).
+    pub evicted: u64,
+    /// Of the present pages, those that had left because of the budget before.
+    pub returned: u64,
 }
 
 /// Tells which pages of a region are present. The mapping implements it, because metrics know

@@ -392,7 +392,8 @@ impl Meter {
     }
 
     /// Divides the region into `parts` parts of nearly equal size, at most one a page, and returns
-    /// the coverage of each in order. Reads half a byte for each page.
+    /// the coverage of each in order. Reads half a byte for each page, and four bytes more in a region with a
+    /// [budget](crate::Budget).
     #[must_use]
     pub fn coverage(&self, parts: usize) -> Vec<Coverage> {
         let pages = self.counters.pages.load(Ordering::Relaxed);

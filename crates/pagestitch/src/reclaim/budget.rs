@@ -5,6 +5,9 @@ use crate::policy::S3Fifo;
 use crate::reclaim::blocks::{BLOCK_PAGES, ahead_max};
 use crate::reclaim::fingerprints::unstable_pages;
 use crate::reclaim::metrics::BudgetMetrics;
+use crate::reclaim::places::SLOTS_MAX;
+#[cfg(not(shuttle))]
+use crate::reclaim::pressure;
 use crate::reclaim::share::{JoinError, Membership, Share, State};
 use crate::reclaim::slots::Slots;
 use crate::reclaim::state::{BATCH, Standby, room_for};
@@ -70,7 +73,7 @@ use std::time::Duration;
 /// ```
 #[derive(Debug, Clone)]
 pub struct Budget {
-    state: Arc<State>,
+    pub(super) state: Arc<State>,
 }
 
 impl Budget {
@@ -93,7 +96,8 @@ impl Budget {
         let page = PageSize::system().bytes() as u64;
         let limit = usize::try_from(bytes / page).unwrap_or(usize::MAX);
         check_size(bytes, limit)?;
-        let slots = NonZeroUsize::new(limit / STANDBY_SHARE).expect("a budget has its least size");
+        let slots =
+            NonZeroUsize::new((limit / STANDBY_SHARE).min(SLOTS_MAX)).expect("a budget has its least size");
         let standby = standby(slots)?;
         let state = State::new(limit, standby, Box::new(S3Fifo::new(room_for(limit)))).map_err(no_tables)?;
         Ok(Self { state: Arc::new(state) })
@@ -105,6 +109,15 @@ impl Budget {
     ///
     /// The limit is read once. The rest of the program and the page cache take memory of the same cgroup, so a
     /// share of 1.0 leaves nothing for them.
+    ///
+    /// **Memory pressure**: a thread of the budget (`pagestitch/psi`) waits for the kernel to report that
+    /// tasks of this cgroup, or of the machine, wait for memory: 100 ms in 2 s. Each report lowers the
+    /// memory that the budget uses by an eighth, to half of it at most, and pages leave at once. After ten
+    /// seconds without a report it rises by an eighth. [`limit`](Self::limit) stays as it is, pinned pages
+    /// stay, and so do pages that need the memory while no other can leave.
+    /// [`BudgetMetrics::pressure_reports`] counts the reports. Where the kernel has none (no
+    /// `CONFIG_PSI`, or `psi=0`; for an ordinary user before Linux 6.4), or where this process may not ask
+    /// for them, the budget is as one of [`bytes`](Self::bytes).
     ///
     /// # Errors
     ///
@@ -126,7 +139,7 @@ impl Budget {
             return refused(ErrorKind::InvalidOption, what);
         }
         match MemoryLeft::most() {
-            Some(most) => Self::bytes((most as f64 * share) as u64),
+            Some(most) => Self::bytes((most as f64 * share) as u64).inspect(Self::follow_pressure),
             None => {
                 let what =
                     "the kernel does not tell how much memory there is: mount /proc, or use Budget::bytes()";
@@ -134,6 +147,14 @@ impl Budget {
             }
         }
     }
+
+    #[cfg(not(shuttle))]
+    fn follow_pressure(&self) {
+        pressure::watch(&self.state);
+    }
+
+    #[cfg(shuttle)]
+    fn follow_pressure(&self) {}
 
     /// The limit, in bytes.
     ///
@@ -243,6 +264,8 @@ impl Budget {
             dirty_bytes: in_bytes(self.state.dirty_pages()),
             write_backs: read(&tally.write_backs),
             write_failures: read(&tally.write_failures),
+            pressure_reports: read(&self.state.marks.reports),
+            lowered_bytes: in_bytes(self.state.lowered()),
             overruns: read(&tally.overruns),
             stalled: Duration::from_nanos(read(&tally.stalled_ns)),
         }
@@ -313,6 +336,7 @@ impl Budget {
             return Err(Error::new(ErrorKind::ForkedChild, what).of_option(BuildOption::Budget));
         }
         let least = LEAST + threads * THREAD_PAGES;
+        self.state.marks.need(least);
         if self.state.limit >= least {
             return Ok(());
         }

@@ -52,4 +52,9 @@ pub struct BudgetMetrics {
     pub write_backs: u64,
     /// Writes to sources that have failed. Their pages stay in memory.
     pub write_failures: u64,
+    /// How often the kernel has reported memory pressure, so that pages left:
+    /// [`Budget::share_of_cgroup`](crate::Budget::share_of_cgroup).
+    pub pressure_reports: u64,
+    /// The bytes that the budget does not use for now, because of these reports.
+    pub lowered_bytes: u64,
 }

@@ -6,6 +6,8 @@
 //! | `state` | the counts of a budget, and the choice of pages that leave |
 //! | `share` | a region's part in a budget: the fault path calls it |
 //! | `evict` | moves pages out, drops them, and empties slots |
+//! | `marks` | the memory that a budget has given up for a while |
+//! | `pressure` | reports of memory pressure lower the marks |
 //! | `requested` | pages that leave or stay because the application asks for it |
 //! | `pins` | pages that do not leave |
 //! | `soft_fault` | brings a page back from the standby list or the modified list |
@@ -18,6 +20,7 @@
 //! | `arrivals` | pages that have come, until the policy takes note of them |
 //! | `fingerprints` | hashes of pages whose source may change: they come back with the bytes of their first reading |
 //! | `metrics` | the counts of a budget, as the user reads them |
+//! | `facade` | the counts for the `metrics` crate |
 //! | `models`, `models_of_writes` | the models of a page that leaves, and of one that is written, in many orders of the threads |
 //! | `promise` | the one unsafe promise: an evicted page has the same bytes again |
 //!
@@ -38,8 +41,11 @@ mod blocks;
 mod budget;
 mod dirty;
 mod evict;
+#[cfg(feature = "metrics")]
+mod facade;
 mod fingerprints;
 mod flush;
+mod marks;
 mod metrics;
 #[cfg(all(test, shuttle))]
 mod models;
@@ -47,6 +53,8 @@ mod models;
 mod models_of_writes;
 mod pins;
 mod places;
+#[cfg(not(shuttle))]
+mod pressure;
 mod promise;
 mod requested;
 mod share;

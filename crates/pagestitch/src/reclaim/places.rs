@@ -1,5 +1,6 @@
 //! The place of each page of a region: resident, in a slot, or elsewhere.
 
+use crate::space::LeftPages;
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::atomic::Ordering;
 use pagestitch_kernel::{Errno, Page};
@@ -20,7 +21,9 @@ pub(super) enum Place {
     Slot(u32),
 }
 
-/// The places of a region's pages, 32 bits a page. Memory is taken only where the table is touched.
+/// The places of a region's pages, 32 bits a page. Memory is taken only where the table is touched. The
+/// highest bit tells that a page has left: it is set with a place outside of the region, stays while the
+/// page is resident again, and ends when the page gets other bytes.
 ///
 /// Invariant: only the thread with the claim of a page changes its place, or the thread that fills the page
 /// for a signal handler which has interrupted that one.
@@ -42,9 +45,18 @@ impl Places {
     pub(super) fn set(&self, page: Page, place: Place) -> Place {
         let (shift, word) = (shift(page), &self.0[page.0 / 2]);
         let (mask, bits) = (u64::from(u32::MAX) << shift, u64::from(place.bits()) << shift);
-        let changed = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |word| Some(word & !mask | bits));
+        let kept = if place == Place::Resident { u64::from(LEFT) << shift } else { 0 };
+        let after = |word| word & !mask | bits | word & kept;
+        let changed = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |word| Some(after(word)));
         let (Ok(before) | Err(before)) = changed;
         Place::from_bits((before >> shift) as u32)
+    }
+}
+
+impl LeftPages for Places {
+    fn has_left(&self, page: Page) -> bool {
+        let word = self.0[page.0 / 2].load(Ordering::Relaxed);
+        (word >> shift(page)) as u32 & LEFT != 0
     }
 }
 
@@ -58,14 +70,14 @@ impl Place {
         match self {
             Self::Nowhere => 0,
             Self::Resident => 1,
-            Self::Gone => 2,
+            Self::Gone => 2 | LEFT,
             Self::Listed => 3,
-            Self::Slot(slot) => slot + 4,
+            Self::Slot(slot) => slot + 4 | LEFT,
         }
     }
 
     const fn from_bits(bits: u32) -> Self {
-        match bits {
+        match bits & !LEFT {
             0 => Self::Nowhere,
             1 => Self::Resident,
             2 => Self::Gone,
@@ -75,19 +87,47 @@ impl Place {
     }
 }
 
+/// The bit of a page that has left.
+const LEFT: u32 = 1 << 31;
+/// The most slots that a place can name.
+pub(super) const SLOTS_MAX: usize = LEFT as usize - 4;
+
 #[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
 
+    const LAST: u32 = SLOTS_MAX as u32 - 1;
+
+    #[test]
+    fn a_page_has_left_until_it_gets_other_bytes() {
+        let places = Places::new(2).unwrap();
+        let steps = [
+            (Place::Resident, false),
+            (Place::Slot(LAST), true),
+            (Place::Resident, true),
+            (Place::Gone, true),
+            (Place::Resident, true),
+            (Place::Listed, false),
+            (Place::Resident, false),
+            (Place::Gone, true),
+            (Place::Nowhere, false),
+        ];
+        for (place, has_left) in steps {
+            places.set(Page(1), place);
+            assert_eq!((places.get(Page(1)), places.has_left(Page(1))), (place, has_left));
+            assert_eq!((places.get(Page(0)), places.has_left(Page(0))), (Place::Nowhere, false));
+        }
+    }
+
     #[test]
     fn neighbours_have_places_of_their_own() {
         let places = Places::new(3).unwrap();
-        assert_eq!(places.set(Page(1), Place::Slot(u32::MAX - 4)), Place::Nowhere);
+        assert_eq!(places.set(Page(1), Place::Slot(LAST)), Place::Nowhere);
         assert_eq!(places.set(Page(0), Place::Resident), Place::Nowhere);
         assert_eq!(places.set(Page(2), Place::Listed), Place::Nowhere);
         assert_eq!(places.set(Page(2), Place::Slot(0)), Place::Listed);
         assert_eq!(places.set(Page(0), Place::Nowhere), Place::Resident);
         let all = [Page(0), Page(1), Page(2)].map(|page| places.get(page));
-        assert_eq!(all, [Place::Nowhere, Place::Slot(u32::MAX - 4), Place::Slot(0)]);
+        assert_eq!(all, [Place::Nowhere, Place::Slot(LAST), Place::Slot(0)]);
     }
 }

@@ -8,7 +8,7 @@ use crate::reclaim::places::{Place, Places};
 use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, block_key, count, key_of, member_of};
 use crate::signals::NoSignals;
 use crate::space::page_table::{Claim, Wake};
-use crate::space::{Mapping, Prepared, Residence, WrittenBack};
+use crate::space::{LeftPages, Mapping, Prepared, Residence, WrittenBack};
 use pagestitch_kernel::arena::ArenaError;
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{AddressRange, Errno, Evictable, Page, Span, Uffd};
@@ -31,7 +31,7 @@ pub(crate) struct Share {
     pub(super) state: Arc<State>,
     /// Its number among the regions of the budget.
     pub(super) member: usize,
-    pub(super) places: Places,
+    pub(super) places: Arc<Places>,
     pub(super) pins: Pins,
     pub(super) evictable: Evictable,
     /// True if whole blocks may come at once.
@@ -86,7 +86,7 @@ impl Share {
         (written_back, has_blocks): (Option<usize>, bool),
     ) -> Result<Membership, JoinError> {
         let (page, pages) = (evictable.reservation().page_size(), evictable.reservation().pages());
-        let places = Places::new(pages).map_err(JoinError::NoTable)?;
+        let places = Places::new(pages).map(Arc::new).map_err(JoinError::NoTable)?;
         let pins = Pins::new(pages).map_err(JoinError::NoTable)?;
         let dirty = written_back.map(|chunks| DirtyPages::new(pages, chunks, BATCH));
         let dirty = dirty.transpose().map_err(JoinError::NoMoves)?;
@@ -262,6 +262,10 @@ impl Residence for Membership {
         share.fingerprints.iter().for_each(|fingerprints| fingerprints.forget(span));
     }
 
+    fn left_pages(&self) -> Arc<dyn LeftPages> {
+        Arc::clone(&self.0.places) as Arc<dyn LeftPages>
+    }
+
     fn limit(&self) -> usize {
         self.0.state.limit
     }
@@ -384,6 +388,9 @@ fn try_to_free(state: &State, pages: usize, quiet: bool) -> bool {
         let has_freed = state.free_some(quiet);
         drop(blocked);
         if state.try_reserve(pages) {
+            return true;
+        }
+        if !has_freed && state.try_reserve_above_mark(pages) {
             return true;
         }
         if !has_freed && !quiet {

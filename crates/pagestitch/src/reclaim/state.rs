@@ -4,6 +4,7 @@ use crate::policy::{PageKey, Replacement};
 use crate::reclaim::arrivals::Arrivals;
 use crate::reclaim::blocks::{BLOCK_PAGES, Blocks};
 use crate::reclaim::dirty::Writes;
+use crate::reclaim::marks::Marks;
 use crate::reclaim::slots::{Ends, Slots};
 use pagestitch_kernel::arena::{Arena, Discards};
 use pagestitch_kernel::fork::ForkGeneration;
@@ -20,8 +21,9 @@ use std::sync::{Arc, PoisonError, TryLockError};
 pub(super) struct State<S> {
     /// The most pages of memory.
     pub(super) limit: usize,
-    /// From this number of resident pages on, pages leave.
+    /// From this number of resident pages on, pages leave, unless the marks are lowered.
     pub(super) resident_max: usize,
+    pub(super) marks: Marks,
     /// The pages of memory in regions and in slots, and those that are reserved for pages to come.
     frames: Stripe<AtomicUsize>,
     /// The pages of memory in tables of hashes, a part of `frames`.
@@ -93,6 +95,7 @@ impl<S: Send + Sync> State<S> {
             limit,
             // Some memory is free, so that a fault seldom has to wait for it.
             resident_max: limit - slots - free(limit),
+            marks: Marks::new(limit),
             frames: Stripe(AtomicUsize::new(0)),
             hashes: AtomicUsize::new(0),
             pinned: AtomicUsize::new(0),
@@ -125,7 +128,21 @@ impl<S: Send + Sync> State<S> {
 
     /// Reserves memory for pages. False, and nothing is changed, if the budget has no room.
     pub(super) fn try_reserve(&self, pages: usize) -> bool {
-        add_up_to(&self.frames, pages, self.limit)
+        add_up_to(&self.frames, pages, self.limit - self.lowered())
+    }
+
+    /// As [`try_reserve`](Self::try_reserve), up to the limit of a budget whose marks are lowered. For pages
+    /// for which no other page can leave.
+    pub(super) fn try_reserve_above_mark(&self, pages: usize) -> bool {
+        self.lowered() > 0 && add_up_to(&self.frames, pages, self.limit)
+    }
+
+    /// The pages that the budget has given up for a while. Pinned pages stay, so they count for it.
+    pub(super) fn lowered(&self) -> usize {
+        match self.marks.lowered() {
+            0 => 0,
+            lowered => lowered.min(self.pinned_max().saturating_sub(self.pinned.load(Ordering::SeqCst))),
+        }
     }
 
     /// The most pages of memory in tables of hashes.
@@ -178,7 +195,7 @@ impl<S: Send + Sync> State<S> {
 
     /// True if pages should leave.
     pub(super) fn is_due(&self) -> bool {
-        self.frames().saturating_sub(self.standby_pages()) > self.resident_max
+        self.frames().saturating_sub(self.standby_pages()) > self.resident_max - self.lowered()
     }
 
     /// The right to choose; `None` if a thread has it, and the caller cannot wait for that thread.

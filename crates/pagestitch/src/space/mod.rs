@@ -57,7 +57,7 @@ pub(crate) use layout::{Layout, LayoutBuilder, Piece};
 pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
 pub(crate) use release::Releases;
-pub(crate) use residence::{Prepared, Residence, WrittenBack};
+pub(crate) use residence::{LeftPages, Prepared, Residence, WrittenBack};
 pub(crate) use shards::Shards;
 #[cfg(all(test, shuttle))]
 pub(crate) use shared_uffd::Readers;
@@ -282,7 +282,9 @@ impl Mapping {
 
     /// A handle that tells which pages are present, for metrics.
     pub(crate) fn presence(&self) -> Arc<dyn Presence> {
-        Arc::new(Present { pages: Arc::clone(&self.pages), in_place: Arc::clone(&self.in_place) })
+        let (pages, in_place) = (Arc::clone(&self.pages), Arc::clone(&self.in_place));
+        let left = self.residence.as_ref().map(|residence| residence.left_pages());
+        Arc::new(Present { pages, in_place, left })
     }
 
     pub(crate) fn page_size(&self) -> PageSize {
@@ -624,6 +626,8 @@ impl Wake for Mapping {
 struct Present {
     pages: Arc<PageTable>,
     in_place: Arc<MappedRuns>,
+    /// The pages that have left, of a region with a budget.
+    left: Option<Arc<dyn LeftPages>>,
 }
 
 impl Presence for Present {
@@ -635,8 +639,14 @@ impl Presence for Present {
             let shown = if gap.is_empty() { rest.pages } else { gap.first.0 - rest.first.0 };
             coverage.present += shown as u64;
             for page in gap.iter() {
-                match self.pages.state(page) {
-                    PageState::Present => coverage.present += 1,
+                let state = self.pages.state(page);
+                let has_left = || u64::from(self.left.as_ref().is_some_and(|left| left.has_left(page)));
+                match state {
+                    PageState::Present => {
+                        coverage.present += 1;
+                        coverage.returned += has_left();
+                    }
+                    PageState::Absent => coverage.evicted += has_left(),
                     PageState::Poisoned => coverage.poisoned += 1,
                     _ => {}
                 }

@@ -4,6 +4,7 @@ use crate::error::Failure;
 use crate::space::page_table::Claim;
 use pagestitch_kernel::{AddressRange, Page, Span, Uffd};
 use std::fmt;
+use std::sync::Arc;
 
 /// Counts the pages of a region in its budget, and makes room for them.
 ///
@@ -59,11 +60,21 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
     /// more. The caller has claimed them.
     fn discarded(&self, span: Span);
 
+    /// A handle that tells which pages have left. It outlives the region.
+    fn left_pages(&self) -> Arc<dyn LeftPages>;
+
     /// The most pages that are resident at once.
     fn limit(&self) -> usize;
 
     /// The written pages, if they go back to their sources.
     fn written_back(&self) -> Option<&dyn WrittenBack>;
+}
+
+/// Tells which pages of a region have left because of its budget.
+pub(crate) trait LeftPages: fmt::Debug + Send + Sync {
+    /// True if a page has left since it was filled first, whether it is back or not. False after it got
+    /// other bytes.
+    fn has_left(&self, page: Page) -> bool;
 }
 
 /// The written pages of a region with a budget, which go back to their sources. A page arrives

@@ -193,7 +193,7 @@ struct AllPresent {
 impl Presence for AllPresent {
     fn coverage(&self, span: Span) -> Coverage {
         let (pages, poisoned) = (span.pages as u64, inside(&self.poisoned, span).len() as u64);
-        Coverage { pages, present: pages - poisoned, poisoned }
+        Coverage { pages, present: pages - poisoned, poisoned, ..Coverage::default() }
     }
 }
 
