@@ -50,7 +50,6 @@ fn a_share_of_a_cgroup_gives_memory_up_under_pressure() {
         if !press(|| budget.metrics().pressure_reports > 0) {
             return println!("SKIPPED in part: the kernel reported no pressure");
         }
-        // More reports may come, and none raises the budget within its ten seconds of calm.
         assert!(is_right(), "the pages come back with their bytes");
         let metrics = budget.metrics();
         assert!(metrics.resident_bytes <= budget.limit() && metrics.overruns == 0, "{metrics:?}");

@@ -52,7 +52,7 @@ impl Bounded {
         let Self { limit, len, equal, resident_max, evictions, .. } = self;
         let told = if self.is_measured { "the kernel" } else { "the budget" };
         format!(
-            "A region of {} in a budget of {}: {equal} of {len} bytes are equal; at most {} of memory, as {told} tells; {} left.",
+            "A region of {} in a budget of {}: {equal} of {len} bytes are equal; at most {} of memory with its buffers, as {told} tells; {} left.",
             bytes(*len),
             bytes(*limit),
             bytes(*resident_max),
