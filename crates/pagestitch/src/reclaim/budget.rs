@@ -6,7 +6,6 @@ use crate::reclaim::blocks::{BLOCK_PAGES, ahead_max};
 use crate::reclaim::fingerprints::unstable_pages;
 use crate::reclaim::metrics::BudgetMetrics;
 use crate::reclaim::places::SLOTS_MAX;
-#[cfg(not(shuttle))]
 use crate::reclaim::pressure;
 use crate::reclaim::share::{JoinError, Membership, Share, State};
 use crate::reclaim::slots::Slots;
@@ -139,7 +138,9 @@ impl Budget {
             return refused(ErrorKind::InvalidOption, what);
         }
         match MemoryLeft::most() {
-            Some(most) => Self::bytes((most as f64 * share) as u64).inspect(Self::follow_pressure),
+            Some(most) => {
+                Self::bytes((most as f64 * share) as u64).inspect(|budget| pressure::watch(&budget.state))
+            }
             None => {
                 let what =
                     "the kernel does not tell how much memory there is: mount /proc, or use Budget::bytes()";
@@ -147,14 +148,6 @@ impl Budget {
             }
         }
     }
-
-    #[cfg(not(shuttle))]
-    fn follow_pressure(&self) {
-        pressure::watch(&self.state);
-    }
-
-    #[cfg(shuttle)]
-    fn follow_pressure(&self) {}
 
     /// The limit, in bytes.
     ///

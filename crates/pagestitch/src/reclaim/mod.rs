@@ -53,7 +53,6 @@ mod models;
 mod models_of_writes;
 mod pins;
 mod places;
-#[cfg(not(shuttle))]
 mod pressure;
 mod promise;
 mod requested;

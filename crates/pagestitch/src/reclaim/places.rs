@@ -72,7 +72,7 @@ impl Place {
             Self::Resident => 1,
             Self::Gone => 2 | LEFT,
             Self::Listed => 3,
-            Self::Slot(slot) => slot + 4 | LEFT,
+            Self::Slot(slot) => (slot + 4) | LEFT,
         }
     }
 
