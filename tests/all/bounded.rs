@@ -1,15 +1,17 @@
 //! Regions with a budget: pages leave, come back with the same bytes, and resident memory stays within it.
 
+use crate::bounded_writes::moves_no_pages;
 use crate::discard;
+use crate::inline_files::file_of;
 use crate::waits::until;
 use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, OnFailure, Pool, Region, Server};
-use pagestitch::{SharedRegion, Source};
+use pagestitch::{SharedRegion, Source, WriteBack};
 use pagestitch_testkit::scope::scope;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -98,9 +100,80 @@ fn several_workers_evict_at_once() {
 }
 
 #[test]
+fn signal_handlers_evict_at_once() {
+    read_at_random(Inline, 1);
+    read_at_random(Inline, 4);
+}
+
+/// A worker, and the threads that touch an inline region, take each other's pages away.
+#[test]
+fn a_worker_and_signal_handlers_share_a_budget() {
+    let (bytes, budget, pool) = (words(12 << 20), Budget::bytes(BUDGET).unwrap(), pool(1));
+    let build =
+        |server: Server| Region::builder().chunk(bytes.clone()).budget(&budget).build(server).unwrap();
+    let regions = [build(Inline.into()), build((&pool).into())];
+    scope(|scope| {
+        for (seed, region) in (0..).zip(&regions) {
+            let bytes = &bytes;
+            scope.spawn(move || {
+                for at in random(seed, bytes.len() / 8).take(READS / 2) {
+                    assert_eq!(region.as_slice()[at * 8..][..8], bytes[at * 8..][..8], "word {at}");
+                }
+            });
+        }
+    });
+    let resident = regions.map(|region| {
+        drop(region);
+        budget.resident_bytes()
+    });
+    assert!(resident[0] < BUDGET && resident[1] <= budget.standby_bytes(), "{resident:?}");
+    assert_eq!(budget.overruns(), 0);
+}
+
+/// Other threads hold the right to choose and the pages of the ended region on their way out.
+#[test]
+fn inline_regions_of_a_budget_end_while_signal_handlers_evict_their_pages() {
+    let (bytes, budget) = (words(3 << 20), Budget::bytes(BUDGET).unwrap());
+    let is_over = AtomicBool::new(false);
+    scope(|scope| {
+        let readers: Vec<_> = (0..2)
+            .map(|seed| {
+                let (bytes, budget, is_over) = (words(8 << 20), &budget, &is_over);
+                scope.spawn(move || {
+                    let builder = Region::builder().chunk(bytes.clone()).budget(budget);
+                    let region = builder.build(Inline).unwrap();
+                    for at in random(seed, bytes.len() / 8) {
+                        if is_over.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        assert_eq!(region.as_slice()[at * 8..][..8], bytes[at * 8..][..8], "word {at}");
+                    }
+                })
+            })
+            .collect();
+        for _ in 0..12 {
+            let builder = Region::builder().chunk(bytes.clone()).budget(&budget);
+            let region = builder.build(Inline).unwrap();
+            for at in (0..bytes.len()).step_by(4096) {
+                assert_eq!(region.as_slice()[at], bytes[at], "byte {at}");
+            }
+        }
+        is_over.store(true, Ordering::Relaxed);
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+    });
+    assert!(budget.evictions() > 1_000 && budget.overruns() == 0, "{:?}", budget.metrics());
+    assert!(budget.resident_bytes() <= budget.standby_bytes(), "only the standby list is left");
+}
+
+#[test]
 fn a_long_read_and_a_long_populate_of_a_bounded_region() {
+    read_and_populate(&pool(1));
+    read_and_populate(Inline);
+}
+
+fn read_and_populate(server: impl Into<Server>) {
     let (bytes, budget) = (words(24 << 20), Budget::bytes(BUDGET).unwrap());
-    let region = Region::builder().chunk(bytes.clone()).budget(&budget).build(&pool(1)).unwrap();
+    let region = Region::builder().chunk(bytes.clone()).budget(&budget).build(server).unwrap();
     let mut copy = vec![0; bytes.len()];
     region.read_at(0, &mut copy).unwrap();
     assert!(copy == bytes, "read_at of more than the budget");
@@ -211,14 +284,42 @@ fn a_region_that_cannot_lose_pages_refuses_a_budget() {
         builder().inherit_on_fork().build(&pool).unwrap_err(),
         builder().release_sources().build(&pool).unwrap_err(),
         builder().build(Eager).unwrap_err(),
-        builder().build(Inline).unwrap_err(),
+        Region::builder()
+            .chunk(Chunk::writable(Arc::new(Mutex::new(vec![7; 10]))))
+            .budget(&budget)
+            .writable()
+            .write_back(WriteBack::ToSource)
+            .build_shared(Inline)
+            .unwrap_err(),
         builder().chunk(Chunk::from("more").on_failure(OnFailure::Zeros)).build(&pool).unwrap_err(),
+        builder().chunk(file_of(b"more")).build(Inline).unwrap_err(),
     ];
     for error in &errors {
         assert_eq!(error.option(), Some(BuildOption::Budget), "{error}");
     }
-    assert_eq!(errors[6].chunk(), Some(1));
+    assert_eq!((errors[6].chunk(), errors[7].chunk()), (Some(1), Some(1)));
     assert_eq!(budget.resident_bytes(), 0);
+}
+
+#[test]
+fn inline_regions_and_regions_with_write_back_have_different_budgets() {
+    if moves_no_pages() {
+        return;
+    }
+    let (budgets, pool) = ([(); 2].map(|()| Budget::bytes(BUDGET).unwrap()), pool(1));
+    let inline = |budget| Region::builder().chunk("text").budget(budget).build(Inline);
+    let written = |budget| {
+        let builder =
+            Region::builder().chunk(Chunk::writable(Arc::new(Mutex::new(vec![7; 10])))).budget(budget);
+        builder.writable().write_back(WriteBack::ToSource).build_shared(&pool)
+    };
+    let regions = (inline(&budgets[0]).unwrap(), written(&budgets[1]).unwrap());
+    for error in [written(&budgets[0]).unwrap_err(), inline(&budgets[1]).unwrap_err()] {
+        assert_eq!((error.kind(), error.option()), (ErrorKind::OptionConflict, Some(BuildOption::Budget)));
+    }
+    drop(regions);
+    written(&budgets[0]).unwrap();
+    inline(&budgets[1]).unwrap();
 }
 
 const BUDGET: u64 = 6 << 20;

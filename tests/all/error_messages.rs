@@ -1,20 +1,21 @@
 //! The full text of each error, once: it names the thing, the reason and the remedy, on one line.
 //! All other tests check kinds and details, so that a better text changes this file only.
 
+use crate::bounded_writes::moves_no_pages;
 use crate::donated::pages_of;
 use crate::guests::adopt;
 use crate::{PAGE, discard, pattern};
 use pagestitch::source::{Donated, Fetch, FileSource, Memfd, Memory, Reply, SharedFile, UnsealedMemfd};
 use pagestitch::{
-    Access, AdoptedMemory, Builder, Chunk, Eager, Error, Inline, Manual, OnFailure, Placement, Pool,
-    Readahead, Recording, Region, Server,
+    Access, AdoptedMemory, Budget, Builder, Chunk, Eager, Error, Inline, Manual, OnFailure, Placement, Pool,
+    Readahead, Recording, Region, Server, Source, WriteBack,
 };
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::Scripted;
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Compares errors with their texts, and shows all differences at once.
@@ -35,6 +36,46 @@ fn filled() -> Builder {
 
 fn refused(builder: Builder, server: impl Into<Server>) -> Error {
     builder.build(server).unwrap_err()
+}
+
+#[test]
+fn the_errors_of_inline_regions_with_a_budget_name_the_remedy() {
+    let budget = Budget::bytes(8 << 20).unwrap();
+    let written = |server: Server| {
+        let chunk = Chunk::writable(Arc::new(Mutex::new(vec![7; PAGE])));
+        let builder = named().chunk(chunk).writable().write_back(WriteBack::ToSource);
+        builder.budget(&budget).build_shared(server).unwrap_err()
+    };
+    let file = crate::inline_files::file_of(b"bytes");
+    let name = file.name();
+    check([
+        (
+            refused(filled().chunk(file).budget(&budget), Inline),
+            format!(
+                "region r: chunk 1 ({name}) may change, and a signal handler has no stack for hashes: use build_shared(), an ImmutableFile, Chunk::stable(), or a pool"
+            ),
+        ),
+        (
+            refused(filled().budget(&budget), Eager),
+            "region r: Eager has no thread that evicts pages: leave out budget(), or use a pool".into(),
+        ),
+    ]);
+    if moves_no_pages() {
+        return;
+    }
+    let pool = Pool::new().unwrap();
+    let inline = filled().budget(&budget).build(Inline).unwrap();
+    check([
+        (
+            written(Inline.into()),
+            "region r: a signal handler writes no pages back: leave out write_back() or budget(), or use a pool",
+        ),
+        (
+            written((&pool).into()),
+            "region r: a signal handler writes no pages back, so regions that are served inline and regions with write_back() do not share a budget: make another one",
+        ),
+    ]);
+    drop(inline);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, Signal, raise};
 use pagestitch::source::FailureReason;
-use pagestitch::{Budget, Chunk, Error, Inline, Pool, Readahead, Region, Source};
+use pagestitch::{Budget, Chunk, Error, Inline, Pool, Readahead, Region, Server, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::io;
@@ -142,23 +142,34 @@ const LONG: usize = 6 * 1024;
 #[test]
 fn a_signal_handler_touches_pages_while_its_thread_evicts_pages() {
     let end = child::run(this_test!(), || {
-        end_if_hung();
-        handle_user_signal(read_some_pages);
-        let budget = Budget::bytes((LONG * PAGE / 4) as u64).unwrap();
-        let (builder, pool) =
-            (Region::builder().budget(&budget), Pool::builder().workers(1).start().unwrap());
-        let region = builder.chunk(vec![7; LONG * PAGE]).build(&pool).unwrap();
-        ADDRESS.store(region.as_ptr().addr().get(), Ordering::SeqCst);
-        in_a_storm(|| {
-            let parts = (0..LONG as u64 * PAGE as u64).step_by(PART as usize).cycle();
-            parts
-                .take_while(|_| READ.load(Ordering::SeqCst) < 1_500 || budget.evictions() < 2_000)
-                .for_each(|at| region.populate(at..at + PART).unwrap());
-            ADDRESS.store(0, Ordering::SeqCst);
-        });
-        assert_eq!(WRONG.load(Ordering::SeqCst), 0);
+        touch_while_evicting(&Pool::builder().workers(1).start().unwrap());
     });
     end.expect_pass();
+}
+
+/// The handler evicts pages itself, wherever it interrupts its thread.
+#[test]
+#[cfg_attr(sanitized = "thread", ignore = "handlers run with all signals blocked, SIGBUS too")]
+fn a_signal_handler_evicts_pages_while_its_thread_evicts_pages() {
+    let end = child::run(this_test!(), || touch_while_evicting(Inline));
+    end.expect_pass();
+}
+
+fn touch_while_evicting(server: impl Into<Server>) {
+    end_if_hung();
+    handle_user_signal(read_some_pages);
+    let budget = Budget::bytes((LONG * PAGE / 4) as u64).unwrap();
+    let builder = Region::builder().budget(&budget);
+    let region = builder.chunk(vec![7; LONG * PAGE]).build(server).unwrap();
+    ADDRESS.store(region.as_ptr().addr().get(), Ordering::SeqCst);
+    in_a_storm(|| {
+        let parts = (0..LONG as u64 * PAGE as u64).step_by(PART as usize).cycle();
+        parts
+            .take_while(|_| READ.load(Ordering::SeqCst) < 1_500 || budget.evictions() < 2_000)
+            .for_each(|at| region.populate(at..at + PART).unwrap());
+        ADDRESS.store(0, Ordering::SeqCst);
+    });
+    assert_eq!(WRONG.load(Ordering::SeqCst), 0);
 }
 
 /// The bytes that are populated at once, fewer than the budget.
@@ -352,6 +363,18 @@ fn with_alternate_stack(bytes: usize, body: impl FnOnce()) -> usize {
     bytes - untouched
 }
 
+/// Pages leave and come back, in the order of the touches and at random.
+fn touch_more_than_a_budget() {
+    let (pages, budget) = (6 * 256, Budget::bytes(5 << 20).unwrap());
+    let bytes = pattern(11, pages * PAGE);
+    let region = Region::builder().chunks(bytes.chunks(10_000).map(<[u8]>::to_vec)).budget(&budget);
+    let region = region.build(Inline).unwrap();
+    for page in (0..4 * pages).map(|step| step * if step > pages { 97 } else { 1 } % pages) {
+        assert_eq!(touch(region.as_ptr().addr().get() + page * PAGE), bytes[page * PAGE]);
+    }
+    assert!(budget.evictions() > 500, "{:?}", budget.metrics());
+}
+
 #[test]
 #[cfg_attr(sanitized, ignore = "instrumented frames need more stack")]
 #[expect(unsafe_code, reason = "asks for the size of the kernel's signal frame")]
@@ -369,16 +392,19 @@ fn a_fault_is_served_on_a_small_alternate_stack() {
                 let used = with_alternate_stack(64 << 10, || {
                     let donated = crate::donated::pages_of(&pattern(9, 2 * PAGE));
                     let builder = Region::builder().chunk(donated).chunk(Chunk::hole(2 * PAGE as u64));
+                    // A chunk that fills a page by itself, and chunks that meet in pages.
+                    let builder = builder.chunk(pattern(12, PAGE));
                     let builder = builder.chunks(pattern(8, 20 * PAGE).chunks(700).map(<[u8]>::to_vec));
                     let builder = builder.chunk(crate::inline_files::file_of(&pattern(10, 4 * PAGE)));
                     let region = builder.build(Inline).unwrap();
-                    let read: usize = (0..28)
+                    let read: usize = (0..29)
                         .map(|page| usize::from(touch(region.as_ptr().addr().get() + page * PAGE)))
                         .sum();
                     assert!(read > 0);
                     // A discarded page, as if another thread had been faster.
                     discard(region.as_ptr().addr().get() + 5 * PAGE, PAGE);
                     assert_ne!(touch(region.as_ptr().addr().get() + 5 * PAGE), 0);
+                    touch_more_than_a_budget();
                 });
                 println!(
                     "AT_MINSIGSTKSZ {frame}, an empty handler {nothing}, a fault {used} bytes of the stack"

@@ -2,7 +2,7 @@
 //!
 //! | from | systems | memory |
 //! |---|---|---|
-//! | memory | a region with a budget; a plain handler that drops its oldest page; without a limit | a quarter, of the region |
+//! | memory | a region with a budget, of a pool or inline; a plain handler that drops its oldest page; without a limit | a quarter, of the region |
 //! | a file | a region with a budget; `mmap` | a quarter, of a cgroup with the whole process and its page cache |
 
 use crate::affinity::allowed;
@@ -12,7 +12,7 @@ use crate::ooc::{Pattern, ReadTask, Trace, Way, has_cgroups, measure, write_page
 use crate::systems::{CHUNK, Data, PAGE, sum};
 use crate::team::at_once;
 use nix::fcntl::OFlag;
-use pagestitch::{Budget, Placement, Pool, Readahead, Region};
+use pagestitch::{Budget, Inline, Placement, Pool, Readahead, Region, Server};
 use std::env;
 use std::fs::{File, OpenOptions};
 use std::hint::black_box;
@@ -48,8 +48,9 @@ fn from_memory(options: &Options) -> Vec<Case> {
 /// Makes the bytes appear, and touches them.
 type Run = fn(&Data, &Trace) -> Sample;
 
-const SYSTEMS: [(&str, Run); 4] = [
-    ("pool, budget", with_budget),
+const SYSTEMS: [(&str, Run); 5] = [
+    ("pool, budget", |data, trace| with_budget(data, trace, Readahead::Adaptive, &pool())),
+    ("inline, budget", |data, trace| with_budget(data, trace, Readahead::None, Inline)),
     (FIFO, |data, trace| {
         let cpu = allowed()[0];
         let plain = data.bounded_manual_page(cpu, data.pages() / QUARTER);
@@ -66,10 +67,9 @@ const SYSTEMS: [(&str, Run); 4] = [
     }),
 ];
 
-fn with_budget(data: &Data, trace: &Trace) -> Sample {
+fn with_budget(data: &Data, trace: &Trace, readahead: Readahead, server: impl Into<Server>) -> Sample {
     let budget = Budget::bytes((data.bytes() / QUARTER) as u64).expect("a budget");
-    let builder = data.builder(Readahead::Adaptive).budget(&budget);
-    let region: Region = builder.build(&pool()).expect("a region");
+    let region: Region = data.builder(readahead).budget(&budget).build(server).expect("a region");
     // The touches before the measurement count too: after the first pass, they have the same pattern.
     let sample = data.touch(trace, region.as_slice());
     let touches = (trace.touches.len() + trace.fill.len() + trace.settle.len()) as f64;

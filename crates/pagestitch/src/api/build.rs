@@ -18,7 +18,7 @@ use crate::api::reserve_on_memfd;
 use crate::api::userfaultfds;
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::policy::{Blocks, Policy, Readahead};
-use crate::reclaim::{Budget, Membership, evictable};
+use crate::reclaim::{Budget, Evicted, Membership, evictable};
 use crate::serve::ForkedChildren;
 use crate::serve::{Served, Server};
 use crate::space::{
@@ -94,7 +94,7 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
         check_tracked(layout, used_for, options.budget.as_ref())?;
     }
     if let Some(budget) = &options.budget {
-        check_budget(budget, layout, server)?;
+        check_budget(budget, layout, (options, server))?;
     }
     let served = options.inherit_on_fork && server.inner().serves_faults();
     if served { check_children(layout) } else { Ok(()) }
@@ -132,11 +132,18 @@ fn check_tracked(layout: &Layout, used_for: RecordFor, budget: Option<&Budget>) 
 }
 
 /// Refuses chunks and servers that a region with a budget cannot have.
-fn check_budget(budget: &Budget, layout: &Layout, server: &Server) -> Result<(), Error> {
-    if !server.inner().evicts() {
+fn check_budget(
+    budget: &Budget,
+    layout: &Layout,
+    (options, server): (&Options, &Server),
+) -> Result<(), Error> {
+    if !server.inner().serves_faults() {
         let noun = server.inner().noun();
         let what = format!("{noun} has no thread that evicts pages: leave out budget(), or use a pool");
         return Err(Error::new(ErrorKind::UnsuitableServer, what).of_option(BuildOption::Budget));
+    }
+    if server.inner().is_in_handler() {
+        check_in_handler(options, layout)?;
     }
     if let Some((chunk, source)) = layout.first_donated() {
         let what = format!(
@@ -147,6 +154,24 @@ fn check_budget(budget: &Budget, layout: &Layout, server: &Server) -> Result<(),
             .of_option(BuildOption::Budget));
     }
     budget.check(server.inner().threads())
+}
+
+/// Refuses what a signal handler cannot do with pages that leave and come back.
+fn check_in_handler(options: &Options, layout: &Layout) -> Result<(), Error> {
+    let refused = |what: String| Error::new(ErrorKind::UnsuitableServer, what).of_option(BuildOption::Budget);
+    if options.serve_options.record_of_writes.is_some() {
+        let what = "a signal handler writes no pages back: leave out write_back() or budget(), or use a pool";
+        return Err(refused(what.to_owned()));
+    }
+    match layout.first_unstable().filter(|_| options.slices) {
+        Some((chunk, source)) => {
+            let what = format!(
+                "chunk {chunk} ({source}) may change, and a signal handler has no stack for hashes: use build_shared(), an ImmutableFile, Chunk::stable(), or a pool"
+            );
+            Err(refused(what).of_chunk(chunk))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Refuses a capacity that has no room for the chunks.
@@ -226,7 +251,8 @@ fn prepare_own(
     if shown.in_place.pages() < pages.get() as u64 {
         reservation.serve(below.served_by(name, server));
     }
-    let membership = join(options, &reservation, (layout, staged)).map_err(|error| error.inside(name))?;
+    let membership =
+        join(options, &reservation, (layout, staged, server)).map_err(|error| error.inside(name))?;
     let blocks = blocks(staged, ahead.map(|ahead| ahead.unwrap_or(0)));
     Ok(PreparedTarget {
         target: Target::Owned(reservation),
@@ -244,14 +270,20 @@ fn prepare_own(
 fn join(
     options: &Options,
     reservation: &Arc<Reservation>,
-    (layout, staged): (&Layout, Result<(), &str>),
+    (layout, staged, server): (&Layout, Result<(), &str>, &Server),
 ) -> Result<Option<Membership>, Error> {
     let Some(budget) = &options.budget else { return Ok(None) };
     if staged.is_err() {
         reservation.use_small_pages();
     }
-    let written_back = options.serve_options.record_of_writes.is_some();
-    budget.join(evictable(reservation), layout, (options.slices, written_back, staged.is_ok())).map(Some)
+    let evicted = if options.serve_options.record_of_writes.is_some() {
+        Evicted::WrittenBack
+    } else if server.inner().is_in_handler() {
+        Evicted::InHandlers
+    } else {
+        Evicted::ByThreads
+    };
+    budget.join(evictable(reservation), layout, (options.slices, evicted, staged.is_ok())).map(Some)
 }
 
 /// The handling of blocks. In a budget, sequential readers have `ahead` pages ahead of them.

@@ -20,7 +20,10 @@ pub(crate) fn fill_beside<F: Filler>(region: &Mapping, page: Page, filler: &mut 
     match filler.fill(page.span()) {
         Ok(Filled { content: Content::Move(..) | Content::Released, .. }) => false,
         Ok(Filled { content, .. }) if unchanged(region, page.span(), &content, 0).is_err() => false,
-        Ok(Filled { content, .. }) if !counts(region, page, &content, F::MODE.is_quiet()) => false,
+        // A signal handler frees memory before the thread touches the page again.
+        Ok(Filled { content, .. }) if !counts(region, page, &content, F::MODE.is_quiet()) => {
+            F::MODE.is_quiet()
+        }
         Ok(Filled { mut content, .. }) => {
             let put = put(region, page.span(), &mut content, 0, F::MODE.is_quiet());
             matches!(put, Some((Outcome::Done | Outcome::AlreadyThere | Outcome::Changing, _)))

@@ -12,7 +12,6 @@ use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
 use pagestitch_kernel::uffd::Arrival;
 use pagestitch_kernel::{Features, Outcome, Page, Span, Staging};
-use std::ops::Range;
 
 /// The restrictions of a thread that installs pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -216,7 +215,7 @@ fn refused(region: &Mapping, outcome: Outcome) -> InstallError {
 /// is touched again.
 pub(super) fn put(region: &Mapping, span: Span, content: &mut Content<'_>, done: usize, quiet: bool) -> Put {
     match content {
-        Content::Copy(memory, bytes) => copy_memory(region, span, memory, bytes, done),
+        Content::Copy(memory, bytes) => copy(region, span, memory, bytes.start + done, Method::Copy),
         Content::Buffered(bytes) => copy(region, span, bytes, done, Method::Buffered),
         Content::Gathered(bytes) => copy(region, span, bytes, done, Method::Gathered),
         Content::StagedMove(staging) => put_staged(region, span, staging, done),
@@ -229,25 +228,22 @@ pub(super) fn put(region: &Mapping, span: Span, content: &mut Content<'_>, done:
 
 type Put = Option<(Outcome, Method)>;
 
+/// Copies the pages of a span from the byte `from` on. In few steps, because a signal handler has a small
+/// stack.
 #[inline]
-fn copy(region: &Mapping, span: Span, bytes: &[u8], done: usize, method: Method) -> Put {
+fn copy(region: &Mapping, span: Span, bytes: &[u8], from: usize, method: Method) -> Put {
     let range = region.target.addresses(span);
-    let (uffd, bytes) = (region.uffd.of(range), &bytes[done..done + range.bytes()]);
-    let outcome = match arrival(region, span) {
-        Arrival::Writable => uffd.copy(range, bytes),
-        Arrival::Protected => uffd.copy_protected(range, bytes),
-    };
-    Some((outcome, method))
+    let bytes = &bytes[from..from + range.bytes()];
+    if region.arrives_protected(span.first) {
+        return Some((region.uffd.of(range).copy_protected(range, bytes), method));
+    }
+    Some((region.uffd.of(range).copy(range, bytes), method))
 }
 
 /// If writes are recorded, pages arrive write-protected, so that the kernel tells their first write.
 #[inline]
 fn arrival(region: &Mapping, span: Span) -> Arrival {
     if region.arrives_protected(span.first) { Arrival::Protected } else { Arrival::Writable }
-}
-
-fn copy_memory(region: &Mapping, span: Span, memory: &[u8], bytes: &Range<usize>, done: usize) -> Put {
-    copy(region, span, &memory[bytes.start..bytes.end], done, Method::Copy)
 }
 
 fn continue_pages(region: &Mapping, span: Span) -> Put {

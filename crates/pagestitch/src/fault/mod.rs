@@ -84,11 +84,11 @@ pub(crate) fn journey<F: Filler>(region: &Mapping, wanted: Wanted, filler: &mut 
         };
     }
     drop(claim);
-    if let Some(residence) = &region.residence {
-        residence.tidy();
-    }
-    // A source whose bytes are all installed is dropped with no claim held.
     if !F::MODE.is_quiet() {
+        if let Some(residence) = &region.residence {
+            residence.tidy();
+        }
+        // A source whose bytes are all installed is dropped with no claim held.
         region.release_sources(claimed);
     }
     end
@@ -124,9 +124,10 @@ fn in_budget<F: Filler>(
     // A signal handler that touches a page of its thread's claim must find the written bytes either in
     // standby or in the region.
     let fills_itself = callers::fills_itself(region, claim.span().first) && region.written_back().is_some();
-    let handlers = fills_itself.then(NoSignals::until_dropped);
-    let prepared = residence.prepare(claim, range, region.uffd.of(range), writes);
-    drop(handlers);
+    let prepared = match fills_itself {
+        true => without_handlers(|| residence.prepare(claim, range, region.uffd.of(range), writes)),
+        false => residence.prepare(claim, range, region.uffd.of(range), writes),
+    };
     match prepared {
         Prepared::Fill(span) => Some(span),
         Prepared::Returned => {
@@ -138,6 +139,14 @@ fn in_budget<F: Filler>(
             None
         }
     }
+}
+
+/// Not a part of its caller, because a signal mask takes much of a small stack.
+#[cold]
+#[inline(never)]
+fn without_handlers<T>(work: impl FnOnce() -> T) -> T {
+    let _quiet = NoSignals::until_dropped();
+    work()
 }
 
 /// The caller of a [`journey`]: the place of the bytes, and the reaction to a failure.

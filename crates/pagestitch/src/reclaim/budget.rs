@@ -7,7 +7,7 @@ use crate::reclaim::fingerprints::unstable_pages;
 use crate::reclaim::metrics::BudgetMetrics;
 use crate::reclaim::places::SLOTS_MAX;
 use crate::reclaim::pressure;
-use crate::reclaim::share::{JoinError, Membership, Share, State};
+use crate::reclaim::share::{Evicted, JoinError, Membership, Share, State};
 use crate::reclaim::slots::Slots;
 use crate::reclaim::state::{BATCH, Standby, room_for};
 use crate::space::Layout;
@@ -59,6 +59,8 @@ use std::time::Duration;
 /// * **Kernels** before Linux 6.8 cannot move pages: there, pages are dropped at once, without standby.
 ///   So they are where swap is on and the kernel may lose a page that moves while it is swapped out
 ///   (before Linux 6.16). Regions with write-back are refused there.
+/// * **Regions that are served [`Inline`](crate::Inline)** share no budget with regions that are built
+///   [`write_back`](crate::Builder::write_back), because a signal handler writes no pages back.
 /// * **Forked children** do not have regions with a budget.
 ///
 /// ```
@@ -266,17 +268,21 @@ impl Budget {
 
     /// Takes a region in. Its pages leave once it is [served](Share::serve). If the region gives out
     /// `slices`, pages of sources that may change come back with the bytes of their first reading.
-    /// `written_back`: written pages go back to their sources. `has_blocks`: whole blocks may come at once.
+    /// `has_blocks`: whole blocks may come at once.
     pub(crate) fn join(
         &self,
         evictable: Evictable,
         layout: &Layout,
-        (slices, written_back, has_blocks): (bool, bool, bool),
+        (slices, evicted, has_blocks): (bool, Evicted, bool),
     ) -> Result<Membership, Error> {
         let page = PageSize::system();
         let hashed = if slices { unstable_pages(layout, page) } else { Vec::new() };
-        let chunks = written_back.then(|| layout.chunks());
-        Share::join(&self.state, evictable, hashed, (chunks, has_blocks)).map_err(|error| match error {
+        let chunks = layout.chunks();
+        Share::join(&self.state, evictable, hashed, (chunks, evicted, has_blocks)).map_err(|error| match error {
+            JoinError::Mixed => {
+                let what = "a signal handler writes no pages back, so regions that are served inline and regions with write_back() do not share a budget: make another one";
+                Error::new(ErrorKind::OptionConflict, what).of_option(BuildOption::Budget)
+            }
             JoinError::Full => {
                 let what = "a budget has at most 1,048,576 regions: make another one";
                 Error::new(ErrorKind::LimitReached, what).of_option(BuildOption::Budget)

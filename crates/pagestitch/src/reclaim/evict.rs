@@ -10,6 +10,7 @@ use crate::reclaim::write_back::{Batch, has_padding};
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, PageState};
 use pagestitch_kernel::arena::DISCARDS_MAX;
+use pagestitch_kernel::sync::MutexGuard;
 use pagestitch_kernel::sync::atomic::Ordering;
 use pagestitch_kernel::{Outcome, Page, Span};
 use std::sync::Arc;
@@ -46,8 +47,7 @@ impl State {
 
     /// Frees memory: that of the oldest slots; if there is none, that of resident pages. False if there is
     /// none either.
-    pub(super) fn free_some(&self, quiet: bool) -> bool {
-        let Some(mut chooser) = self.choose(quiet) else { return false };
+    pub(super) fn free_some(&self, mut chooser: MutexGuard<'_, Chooser>) -> bool {
         chooser.take_note(&self.arrivals);
         if let Some(first) = chooser.blocks.victim() {
             drop(chooser);
@@ -80,7 +80,7 @@ impl State {
         let mut dropped = 0;
         self.each_region(&[first], |share, _| {
             if let Some(share) = share {
-                share.enter(&mut |region| dropped += share.drop_block(region, page_of(first)));
+                share.enter(&mut |region| dropped += share.drop_span(region, block_at(first)));
             }
         });
         dropped > 0
@@ -171,7 +171,7 @@ impl Standby {
     }
 
     /// No pages have moved to taken slots, from `slot` on.
-    fn skip(&self, slot: usize, slots: usize) {
+    pub(super) fn skip(&self, slot: usize, slots: usize) {
         (0..slots).for_each(|step| self.slots.skip(self.slots.after(slot, step)));
     }
 }
@@ -196,7 +196,7 @@ impl Share {
                     match stay {
                         true => (self.keep(&mut part, standby, slot), 0),
                         false => {
-                            let moved = self.move_run(&mut part, standby, slot, &mut batch);
+                            let moved = self.move_run(&mut part, standby, slot, Some(&mut batch));
                             (moved.max(1), moved)
                         }
                     }
@@ -238,13 +238,13 @@ impl Share {
     }
 
     /// Moves the first pages of a claim; the others stay. Returns the number of pages that have moved. If it
-    /// is 0, the first page is done.
-    fn move_run(
+    /// is 0, the first page is done. `batch` gets the dirty ones, if the region has any.
+    pub(super) fn move_run(
         &self,
         claim: &mut Claim<'_>,
         standby: &Standby,
         slot: usize,
-        batch: &mut Batch<'_>,
+        batch: Option<&mut Batch<'_>>,
     ) -> usize {
         let Standby { arena, slots } = standby;
         let span = self.pins.free_prefix(claim.span());
@@ -259,18 +259,7 @@ impl Share {
             Outcome::Partial { bytes } => bytes / self.evictable.reservation().page_size().bytes(),
             _ => 0,
         };
-        // The move has ended all writes, so that each written page has its mark by now.
-        for (step, page) in span.prefix(moved).iter().enumerate() {
-            let key = key_of(self.member, page);
-            match self.dirty.as_ref().is_some_and(|dirty| dirty.begin_writing(page)) {
-                true => {
-                    slots.fill_dirty(slot + step, key);
-                    batch.add(standby, page, slot + step);
-                }
-                false => slots.fill(slot + step, key),
-            }
-            self.places.set(page, Place::Slot((slot + step) as u32));
-        }
+        self.note_moved(standby, span.prefix(moved), slot, batch);
         self.pages_left(moved);
         count(&self.state.tally.evictions, moved);
         claim.settle(moved, PageState::Absent);
@@ -280,6 +269,28 @@ impl Share {
         }
         claim.settle(claim.span().pages, PageState::Present);
         moved
+    }
+
+    /// Pages have moved to slots, from `slot` on. The move has ended all writes, so that each written page has
+    /// its mark by now.
+    fn note_moved(&self, standby: &Standby, span: Span, slot: usize, mut batch: Option<&mut Batch<'_>>) {
+        let slots = &standby.slots;
+        for (step, page) in span.iter().enumerate() {
+            let key = key_of(self.member, page);
+            let batch = batch.as_mut().filter(|_| self.begins_writing(page));
+            match batch {
+                Some(batch) => {
+                    slots.fill_dirty(slot + step, key);
+                    batch.add(standby, page, slot + step);
+                }
+                None => slots.fill(slot + step, key),
+            }
+            self.places.set(page, Place::Slot((slot + step) as u32));
+        }
+    }
+
+    fn begins_writing(&self, page: Page) -> bool {
+        self.dirty.as_ref().is_some_and(|dirty| dirty.begin_writing(page))
     }
 
     /// The first page of a claim has not moved.
@@ -300,7 +311,7 @@ impl Share {
 
     /// A chosen page is not present: it is being filled, or the application has discarded it.
     #[cold]
-    fn forget_absent(&self, region: &Mapping, page: Page, state: PageState) {
+    pub(super) fn forget_absent(&self, region: &Mapping, page: Page, state: PageState) {
         let quiet = Quiet(region);
         // The claim of a claimed page belongs to another thread: an exchange of its state for the same
         // one would take the claim away.
@@ -364,10 +375,9 @@ impl Share {
         dropped
     }
 
-    /// Drops the pages of a block that are present and not pinned. Returns their number.
-    fn drop_block(&self, region: &Mapping, first: Page) -> usize {
-        let (quiet, mut dropped) = (Quiet(region), 0);
-        let mut rest = Span { first, pages: BLOCK_PAGES };
+    /// Drops the pages of a span that are present and not pinned. Returns their number.
+    pub(super) fn drop_span(&self, region: &Mapping, span: Span) -> usize {
+        let (quiet, mut dropped, mut rest) = (Quiet(region), 0, span);
         while !rest.is_empty() {
             let run = self.pins.free_prefix(rest);
             let mut done = 1;
@@ -434,8 +444,13 @@ impl Share {
     }
 }
 
+/// The pages of the block that begins with a page.
+pub(super) const fn block_at(first: PageKey) -> Span {
+    Span { first: page_of(first), pages: BLOCK_PAGES }
+}
+
 /// The pages that follow each other at the start of a sorted list.
-fn leading_run(pages: &[PageKey]) -> Span {
+pub(super) fn leading_run(pages: &[PageKey]) -> Span {
     let next = pages.windows(2).take_while(|pair| pair[1] == pair[0] + 1).count();
     Span { first: page_of(pages[0]), pages: 1 + next }
 }
@@ -460,7 +475,7 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(slots.take(&mut state.try_choose().unwrap().ends, 8), (0, 8));
             (0..8).for_each(|slot| slots.skip(slot));
-            state.free_some(false);
+            state.free_some(state.choose());
         }
     }
 }

@@ -6,6 +6,7 @@
 //! | `state` | the counts of a budget, and the choice of pages that leave |
 //! | `share` | a region's part in a budget: the fault path calls it |
 //! | `evict` | moves pages out, drops them, and empties slots |
+//! | `in_handler` | the same for the thread of a signal handler, and why that is sound |
 //! | `marks` | the memory that a budget has given up for a while |
 //! | `pressure` | reports of memory pressure lower the marks |
 //! | `requested` | pages that leave or stay because the application asks for it |
@@ -45,6 +46,7 @@ mod evict;
 mod facade;
 mod fingerprints;
 mod flush;
+mod in_handler;
 mod marks;
 mod metrics;
 #[cfg(all(test, shuttle))]
@@ -65,4 +67,4 @@ mod write_back;
 pub use budget::Budget;
 pub use metrics::BudgetMetrics;
 pub(crate) use promise::evictable;
-pub(crate) use share::{EnterRegion, Membership};
+pub(crate) use share::{EnterRegion, Evicted, Membership};

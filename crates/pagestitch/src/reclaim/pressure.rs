@@ -68,7 +68,7 @@ impl State {
         self.marks.lower();
         // Other threads fill pages meanwhile, so the number of batches is limited.
         for _ in 0..self.limit.div_ceil(BATCH) {
-            if self.frames() <= self.limit - self.lowered() || !self.free_some(false) {
+            if self.frames() <= self.limit - self.lowered() || !self.free_some(self.choose()) {
                 return;
             }
         }

@@ -47,7 +47,7 @@ impl Share {
 
     /// Has the policy forget the pages of a span.
     fn unlist(&self, span: Span) {
-        let Some(mut chooser) = self.state.choose(false) else { return };
+        let mut chooser = self.state.choose();
         chooser.take_note(&self.state.arrivals);
         chooser.forget(&|key| member_of(key) == self.member && span.contains(page_of(key)));
     }
@@ -78,7 +78,10 @@ impl State {
         let Some(standby) = &self.standby else { return self.drop_pages(pages) };
         let (mut rest, mut left) = (pages, 0);
         for _ in 0..TRIES {
-            let Some(mut chooser) = (!rest.is_empty()).then(|| self.choose(false)).flatten() else { break };
+            if rest.is_empty() {
+                break;
+            }
+            let mut chooser = self.choose();
             let run = standby.begin_empty(&mut chooser, 2 * BATCH);
             let (slot, most) = standby.slots.take(&mut chooser.ends, rest.len());
             drop(chooser);

@@ -47,15 +47,29 @@ pub(crate) struct Share {
     /// The written pages, if they go back to their sources. Then a page arrives write-protected, and leaves
     /// by a move only.
     pub(super) dirty: Option<DirtyPages>,
+    evicted: Evicted,
 }
 
 /// The membership of a mapping in a budget. Its drop ends it.
 #[derive(Debug)]
 pub(crate) struct Membership(Arc<Share>);
 
+/// The way in which the pages of a region leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Evicted {
+    /// A thread of any kind takes them away.
+    ByThreads,
+    /// As `ByThreads`, and signal handlers that fill its pages take pages of any region of the budget away.
+    InHandlers,
+    /// Written pages go back to their sources, which no signal handler does.
+    WrittenBack,
+}
+
 /// The reason why a region cannot join a budget.
 #[derive(Debug)]
 pub(crate) enum JoinError {
+    /// Signal handlers evict pages of this budget, and written pages go back in it.
+    Mixed,
     /// The budget has its most regions.
     Full,
     /// There is no memory for its table.
@@ -77,18 +91,18 @@ impl State {
 }
 
 impl Share {
-    /// Joins a budget. A hash is kept for each page of `hashed`. `written_back`: the number of chunks of the
-    /// region, if written pages go back to their sources.
+    /// Joins a budget. A hash is kept for each page of `hashed`. `chunks`: the number of chunks of the region.
     pub(super) fn join(
         state: &Arc<State>,
         evictable: Evictable,
         hashed: Vec<Span>,
-        (written_back, has_blocks): (Option<usize>, bool),
+        (chunks, evicted, has_blocks): (usize, Evicted, bool),
     ) -> Result<Membership, JoinError> {
         let (page, pages) = (evictable.reservation().page_size(), evictable.reservation().pages());
         let places = Places::new(pages).map(Arc::new).map_err(JoinError::NoTable)?;
         let pins = Pins::new(pages).map_err(JoinError::NoTable)?;
-        let dirty = written_back.map(|chunks| DirtyPages::new(pages, chunks, BATCH));
+        let is_written_back = evicted == Evicted::WrittenBack;
+        let dirty = is_written_back.then(|| DirtyPages::new(pages, chunks, BATCH));
         let dirty = dirty.transpose().map_err(JoinError::NoMoves)?;
         let table_pages = table_pages(&hashed, page);
         let fingerprints = (!hashed.is_empty()).then(|| Fingerprints::new(hashed, page));
@@ -98,16 +112,17 @@ impl Share {
         }
         // Before the lock of the regions, because the room may need the write of a page, and a source may wait
         // for a thread that ends a region.
-        if !make_room(state, table_pages, false) {
+        if !make_room(state, table_pages) {
             state.overrun(table_pages);
         }
         let mut writer = state.members.write();
         let mut members = writer.current().cloned().unwrap_or_default();
         let member = members.iter().position(Option::is_none).unwrap_or(members.len());
-        if member >= MEMBERS_MAX {
+        let is_mixed = members.iter().flatten().any(|other| other.excludes(evicted));
+        if member >= MEMBERS_MAX || is_mixed {
             state.release(table_pages);
             state.release_hashes(table_pages);
-            return Err(JoinError::Full);
+            return Err(if is_mixed { JoinError::Mixed } else { JoinError::Full });
         }
         let (state, region, resident) = (Arc::clone(state), OnceLock::new(), AtomicUsize::new(0));
         state.writes.regions.fetch_add(usize::from(dirty.is_some()), Ordering::Relaxed);
@@ -123,6 +138,7 @@ impl Share {
             region,
             resident,
             dirty,
+            evicted,
         };
         let share = Arc::new(share);
         if member == members.len() {
@@ -133,9 +149,20 @@ impl Share {
         Ok(Membership(share))
     }
 
+    /// True if regions of these two kinds cannot share a budget.
+    const fn excludes(&self, other: Evicted) -> bool {
+        matches!(
+            (self.evicted, other),
+            (Evicted::InHandlers, Evicted::WrittenBack) | (Evicted::WrittenBack, Evicted::InHandlers)
+        )
+    }
+
     /// Calls `work` with the region, inside of its gate. False if the region ends.
     pub(super) fn enter(&self, work: &mut dyn FnMut(&Mapping)) -> bool {
-        self.region.get().is_some_and(|region| region.enter_region(work))
+        match self.region.get() {
+            Some(region) => region.enter_region(work),
+            None => false,
+        }
     }
 
     /// A page of the region takes memory that the budget counts: the policy gets it.
@@ -217,7 +244,7 @@ impl Residence for Membership {
     }
 
     fn make_room(&self, pages: usize, quiet: bool) -> bool {
-        make_room(&self.0.state, pages, quiet)
+        if quiet { self.0.state.reserve_in_handler(pages) } else { make_room(&self.0.state, pages) }
     }
 
     fn installed(&self, span: Span, pages: usize, is_block: bool) {
@@ -241,6 +268,14 @@ impl Residence for Membership {
                 return;
             }
         }
+    }
+
+    fn free_in_handler(&self) {
+        self.0.state.free_in_handler();
+    }
+
+    fn tidy_in_handler(&self) {
+        self.0.state.tidy_in_handler();
     }
 
     fn hashes(&self, page: Page) -> bool {
@@ -329,7 +364,7 @@ impl Drop for Membership {
             return;
         }
         let quiet = without_handlers();
-        let mut chooser = state.choose(false).expect("a thread that waits gets the right");
+        let mut chooser = state.choose();
         chooser.take_note(&state.arrivals);
         chooser.forget(&|key| member_of(key) == *member);
         drop(chooser);
@@ -349,23 +384,23 @@ impl Drop for Membership {
 }
 
 /// Reserves memory for pages. Evicts others before, if the budget is used up. False if there is no room,
-/// because written pages cannot go back to their sources. `quiet`: in a signal handler.
-fn make_room(state: &State, pages: usize, quiet: bool) -> bool {
+/// because written pages cannot go back to their sources.
+fn make_room(state: &State, pages: usize) -> bool {
     if state.try_reserve(pages) {
         return true;
     }
     let began = Instant::now();
-    let has_room = free_room(state, pages, quiet);
-    count(&state.tally.stalled_ns, usize::try_from(began.elapsed().as_nanos()).unwrap_or(0));
+    let has_room = free_room(state, pages);
+    state.stalled_since(began);
     has_room
 }
 
 /// As [`make_room`], in a budget that is used up.
 #[cold]
-fn free_room(state: &State, pages: usize, quiet: bool) -> bool {
+fn free_room(state: &State, pages: usize) -> bool {
     loop {
         let written = state.tally.write_backs.load(Ordering::Relaxed);
-        if try_to_free(state, pages, quiet) {
+        if try_to_free(state, pages) {
             return true;
         }
         if state.writes.failing() == 0 {
@@ -374,18 +409,18 @@ fn free_room(state: &State, pages: usize, quiet: bool) -> bool {
         }
         // More pages would be dirty soon, too, so that no limit would hold. As long as some pages can be
         // written, others fail for a moment only.
-        if quiet || state.tally.write_backs.load(Ordering::Relaxed) == written {
+        if state.tally.write_backs.load(Ordering::Relaxed) == written {
             return false;
         }
     }
 }
 
 /// Frees memory and reserves it, in a limited number of attempts.
-fn try_to_free(state: &State, pages: usize, quiet: bool) -> bool {
+fn try_to_free(state: &State, pages: usize) -> bool {
     for _ in 0..TRIES + pages / BATCH {
         let steps = state.writes.steps();
         let blocked = without_handlers();
-        let has_freed = state.free_some(quiet);
+        let has_freed = state.free_some(state.choose());
         drop(blocked);
         if state.try_reserve(pages) {
             return true;
@@ -393,7 +428,7 @@ fn try_to_free(state: &State, pages: usize, quiet: bool) -> bool {
         if !has_freed && state.try_reserve_above_mark(pages) {
             return true;
         }
-        if !has_freed && !quiet {
+        if !has_freed {
             // The throttle of writers: no page leaves before another one is written.
             state.writes.wait_for_next(steps);
         }
@@ -417,6 +452,6 @@ pub(super) fn without_handlers() -> NoSignals {
 }
 
 /// How often a thread frees memory before it exceeds the budget.
-const TRIES: usize = 32;
+pub(super) const TRIES: usize = 32;
 /// The most batches at the end of a journey: those of the pages of a block.
 const TIDY_BATCHES: usize = 512 / BATCH;

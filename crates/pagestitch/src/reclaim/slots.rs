@@ -127,6 +127,12 @@ impl Slots {
         (first % self.len(), taken)
     }
 
+    /// As [`take`](Self::take), without slots behind the end of the ring.
+    pub(super) fn take_in_a_row(&self, ends: &mut Ends, most: usize) -> (usize, usize) {
+        let most = most.min(self.len() - ends.head % self.len());
+        self.take(ends, most)
+    }
+
     /// The slot that follows a slot by `steps`.
     pub(super) fn after(&self, slot: usize, steps: usize) -> usize {
         (slot + steps) % self.len()

@@ -11,11 +11,12 @@ use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::rcu::Rcu;
 use pagestitch_kernel::striped::Stripe;
 use pagestitch_kernel::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use pagestitch_kernel::sync::{Mutex, MutexGuard, yield_now};
+use pagestitch_kernel::sync::{Mutex, MutexGuard};
 use pagestitch_kernel::{Errno, Page};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, PoisonError, TryLockError};
+use std::time::Instant;
 
 /// The state of a budget, shared by its regions, of which each has a share `S`.
 pub(super) struct State<S> {
@@ -35,6 +36,8 @@ pub(super) struct State<S> {
     pub(super) standby: Option<Standby>,
     pub(super) discards: Discards,
     chooser: Mutex<Chooser>,
+    /// Pages that signal handlers may fill above the limit, because nothing could leave.
+    pub(super) permits: AtomicUsize,
     pub(super) writes: Writes,
     /// Buffers of threads that write pages back: one for each that has done so at the same time.
     pub(super) buffers: Mutex<Vec<BatchBuffer>>,
@@ -103,6 +106,7 @@ impl<S: Send + Sync> State<S> {
             standby,
             discards: Discards::new(),
             chooser: Mutex::new(Chooser { policy, blocks: Blocks::new(limit), ends: Ends::default() }),
+            permits: AtomicUsize::new(0),
             writes: Writes::default(),
             buffers: Mutex::new(Vec::new()),
             members: Rcu::empty(),
@@ -207,19 +211,14 @@ impl<S: Send + Sync> State<S> {
         }
     }
 
-    /// As [`try_choose`](Self::try_choose), after a wait. A thread in a signal handler (`quiet`) may have
-    /// interrupted the thread with the right, so it does not wait for long.
-    pub(super) fn choose(&self, quiet: bool) -> Option<MutexGuard<'_, Chooser>> {
-        if !quiet {
-            return Some(self.chooser.lock().unwrap_or_else(PoisonError::into_inner));
-        }
-        for _ in 0..QUIET_TRIES {
-            if let Some(chooser) = self.try_choose() {
-                return Some(chooser);
-            }
-            yield_now();
-        }
-        None
+    /// The right to choose, after a wait. Not in a signal handler.
+    pub(super) fn choose(&self) -> MutexGuard<'_, Chooser> {
+        self.chooser.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts the time of a thread that had to free memory before it could fill a page.
+    pub(super) fn stalled_since(&self, began: Instant) {
+        count(&self.tally.stalled_ns, usize::try_from(began.elapsed().as_nanos()).unwrap_or(0));
     }
 }
 
@@ -336,8 +335,6 @@ pub(super) const BLOCKS_LEAST: usize = 32 * BLOCK_PAGES;
 const PAGE_BITS: u32 = 40;
 /// The most regions of a budget, because a key has 60 bits.
 pub(super) const MEMBERS_MAX: usize = 1 << 20;
-/// How often a thread in a signal handler tries to get the right to choose.
-const QUIET_TRIES: usize = 64;
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {

@@ -65,9 +65,9 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
         true
     }
 
-    /// True if its threads can evict pages.
-    fn evicts(&self) -> bool {
-        self.serves_faults()
+    /// True if the thread that touches a page fills it in a signal handler.
+    fn is_in_handler(&self) -> bool {
+        false
     }
 
     /// Fills a region before it attaches, if it serves no faults. `most` limits the threads.

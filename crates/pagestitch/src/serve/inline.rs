@@ -40,6 +40,8 @@ use std::{fmt, hint, thread};
 ///   [`populate`](crate::AnyRegion::populate) before.
 /// * **Many threads**: the kernel delivers all signals of a process under one lock. With more than about
 ///   four threads that fault all the time, the throughput does not grow further: a pool serves more.
+/// * **A [`Budget`](crate::Budget)** is for regions that are read: the thread evicts pages in its handler. No slice
+///   of a file that may change, and no region with write-back beside it in the budget.
 /// * **Readahead**: none. A fault fills one page; `populate` pages that are read in any case.
 /// * **SIGBUS handlers** of the application that are installed before the first inline region: our
 ///   handler calls them for the signals of other memory, with the mask that they were installed
@@ -87,9 +89,8 @@ impl FaultServer for Inline {
         Features::SIGBUS
     }
 
-    /// The stack of a signal handler is small, and the thread that it has interrupted may hold any lock.
-    fn evicts(&self) -> bool {
-        false
+    fn is_in_handler(&self) -> bool {
+        true
     }
 
     fn check_features(&self, given: Features) -> Result<(), Error> {
@@ -276,26 +277,48 @@ struct Handler {
 
 // SAFETY: `serve` and its callees make system calls, and use atomics and immutable data. They
 // allocate nothing: they make no `Failure`. They take no lock: buffers are only tried, claims wake
-// by the futex of an event count, and a journey `InSignalHandler` does not log.
+// by the futex of an event count, and a journey `InSignalHandler` does not log. The eviction of pages
+// obeys the same rules, as `reclaim/in_handler.rs` shows.
 #[expect(unsafe_code, reason = "the promise that it may run in a signal handler")]
 unsafe impl FaultHandler for Handler {
     fn serve(&self, address: usize) -> bool {
         // No gate guard: the thread that takes the registration back waits for the handlers that
         // run.
         let Some(page) = self.region.target.page_at(address) else { return false };
-        serve(self, page)
+        free_page(&self.region);
+        let is_served = serve(self, page);
+        tidy(&self.region);
+        is_served
     }
 
     fn may_wait(&self) -> bool {
         let layout = &self.region.layout;
-        // A file may be appended later.
+        // A file may be appended later. A bounded region may wait for room.
         self.region.growth.is_some()
+            || self.region.residence.is_some()
             || !self.region.uffd.is_stand_in()
                 && (0..layout.chunks()).any(|chunk| layout.backing_of(chunk).file().is_some())
     }
 }
 
+/// Frees memory for a page if the budget of the region is used up.
+fn free_page(region: &Mapping) {
+    if let Some(residence) = &region.residence {
+        residence.free_in_handler();
+    }
+}
+
+/// Frees memory for the next pages if the budget of the region is nearly used up.
+fn tidy(region: &Mapping) {
+    if let Some(residence) = &region.residence {
+        residence.tidy_in_handler();
+    }
+}
+
 /// True if the thread must touch the page again; false if the access must raise its signal.
+///
+/// Not a part of its caller, which evicts pages before and after it, and needs the stack for that.
+#[inline(never)]
 fn serve(owner: &Handler, page: Page) -> bool {
     let region = owner.region.as_ref();
     let before = region.pages.state(page);
@@ -411,7 +434,8 @@ impl Filler for InHandler<'_> {
 
     fn failed(&mut self, _: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
         match error {
-            InstallError::Changing => Err(Unfilled::Changing),
+            // Without room, the thread touches the page again, and frees memory before it is filled.
+            InstallError::Changing | InstallError::NoRoom => Err(Unfilled::Changing),
             // The bytes are gone, but the page may have come meanwhile, and be swapped out: the thread
             // touches it again, and it is absent by then.
             InstallError::Gone if self.before == PageState::Present => Err(Unfilled::Changing),

@@ -96,7 +96,14 @@ impl<R> RegionHandle<R> {
 
 impl<R: Deref<Target = Mapping> + fmt::Debug + Send + Sync> EnterRegion for RegionHandle<R> {
     fn enter_region(&self, work: &mut dyn FnMut(&Mapping)) -> bool {
-        self.enter().map(|region| work(&region)).is_some()
+        // Without closures, because a signal handler has a small stack.
+        match self.enter() {
+            Some(region) => {
+                work(&region);
+                true
+            }
+            None => false,
+        }
     }
 }
 

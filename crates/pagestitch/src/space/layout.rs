@@ -416,6 +416,11 @@ impl Layout {
         self.first_of(|backing| matches!(backing, Backing::Donated(_)))
     }
 
+    /// The first chunk whose bytes may change, with its source.
+    pub(crate) fn first_unstable(&self) -> Option<(usize, String)> {
+        self.first_of(|backing| !backing.is_stable())
+    }
+
     fn first_of(&self, is: impl Fn(&Backing) -> bool) -> Option<(usize, String)> {
         // There are far fewer sources than chunks.
         self.sources.iter().find(|source| is(source))?;

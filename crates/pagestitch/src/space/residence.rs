@@ -10,8 +10,10 @@ use std::sync::Arc;
 ///
 /// A journey [prepares](Self::prepare) the first pages of its claim, [makes room](Self::make_room) for
 /// the pages that it is about to install, tells [which are installed](Self::installed), and
-/// [tidies](Self::tidy) at its end. `quiet`: the thread is in a signal handler, and takes no lock that
-/// the interrupted thread may hold.
+/// [tidies](Self::tidy) at its end.
+///
+/// A signal handler has a small stack, so its journey neither evicts nor tidies (`quiet`). The handler
+/// [frees a page](Self::free_in_handler) before its journey and [tidies](Self::tidy_in_handler) after it.
 pub(crate) trait Residence: fmt::Debug + Send + Sync {
     /// Brings the first page of a claim back from standby, or tells how many pages to fill. The page lies
     /// in `range`, and is registered with `uffd`. `writes`: the page of the claim that is touched by a write.
@@ -28,7 +30,8 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
     fn return_beside(&self, page: Page, range: AddressRange, uffd: &Uffd) -> bool;
 
     /// Reserves memory for pages in the budget. Evicts others before, if it is used up. False if there is
-    /// no room, because written pages cannot go back to their sources.
+    /// no room, because written pages cannot go back to their sources; or because the budget is used up and
+    /// the thread is `quiet`.
     fn make_room(&self, pages: usize, quiet: bool) -> bool;
 
     /// The first `pages` pages of a span are installed. The room for the rest is given back. `is_block`: all
@@ -37,6 +40,13 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
 
     /// Evicts the pages that are above the share of the budget for resident pages. Waits for no lock.
     fn tidy(&self);
+
+    /// Evicts pages before the journey of a signal handler, if the budget is used up. Takes no lock, and waits
+    /// for a bounded time.
+    fn free_in_handler(&self);
+
+    /// As [`tidy`](Self::tidy), after the journey of a signal handler.
+    fn tidy_in_handler(&self);
 
     /// True if the source of a page may change, and a hash tells that the page has the bytes of its first
     /// reading.

@@ -1,0 +1,249 @@
+//! Pages leave in the signal handler of a thread that needs the room for its own page.
+//!
+//! The handler evicts a few pages before and after its journey, where its small stack is free. The steps are
+//! those of other threads, with less on the stack, and obey the rules of a signal handler:
+//!
+//! * **No lock** that the interrupted thread may hold. The right to choose is only tried for. Each thread
+//!   with that right has blocked signals and touches no region, so no handler runs above it.
+//! * **No wait for the interrupted thread.** Pages that are claimed are passed over, and so is a region that
+//!   ends. A wait for another thread's right to choose ends after some tries; the page is an overrun then.
+//! * **No allocation.** Queues, ghosts, slots and places have their memory since the budget or the region
+//!   was made. A region is entered by its gate, so that its last reference is never dropped here.
+//! * **No code of a source, and no write to one.** A budget with regions that are served inline has none whose
+//!   written pages go back, which [`Share::join`](super::share::Share::join) ensures. No page that comes
+//!   back is hashed here, because hashes take more stack: the builder refuses such regions.
+//! * **No other signal.** The handler runs with signals blocked, so it does not block them.
+
+use crate::policy::PageKey;
+use crate::reclaim::evict::{block_at, leading_run};
+use crate::reclaim::share::{Quiet, Share, State, TRIES};
+use crate::reclaim::slots::Emptying;
+use crate::reclaim::state::{BATCH, Chooser, Standby, member_of};
+use crate::space::Mapping;
+use pagestitch_kernel::Span;
+use pagestitch_kernel::sync::atomic::Ordering;
+use pagestitch_kernel::sync::{MutexGuard, yield_now};
+use std::thread;
+use std::time::{Duration, Instant};
+
+impl State {
+    /// As [`Residence::make_room`](crate::space::Residence::make_room), in a signal handler.
+    pub(super) fn reserve_in_handler(&self, pages: usize) -> bool {
+        self.try_reserve(pages) || self.overrun_by_permit(pages)
+    }
+
+    /// As [`Residence::free_in_handler`](crate::space::Residence::free_in_handler).
+    pub(super) fn free_in_handler(&self) {
+        if self.is_full() {
+            let began = Instant::now();
+            self.free_a_page();
+            self.stalled_since(began);
+        }
+    }
+
+    /// As [`Residence::tidy_in_handler`](crate::space::Residence::tidy_in_handler).
+    pub(super) fn tidy_in_handler(&self) {
+        if self.is_due() {
+            if let Some(chooser) = self.try_choose() {
+                self.take_away_few(chooser, Need::Later);
+            }
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.frames() >= self.limit - self.lowered()
+    }
+
+    /// Frees memory, or permits a page above the limit if nothing can leave.
+    #[cold]
+    #[inline(never)]
+    fn free_a_page(&self) {
+        let (mut in_vain, mut waits) = (0, 0);
+        while self.is_full() {
+            if in_vain == TRIES || waits == WAITS {
+                self.permits.fetch_add(1, Ordering::SeqCst);
+                return;
+            }
+            match self.try_choose().map(|chooser| self.take_away_few(chooser, Need::Now)) {
+                Some(true) => {}
+                // The last pages may be on their way out.
+                Some(false) => {
+                    in_vain += 1;
+                    yield_now();
+                }
+                None => {
+                    waits += 1;
+                    pause(waits);
+                }
+            }
+        }
+    }
+
+    /// Has a few pages leave, or frees the memory of such. False if there is none.
+    #[inline(never)]
+    fn take_away_few(&self, chooser: MutexGuard<'_, Chooser>, need: Need) -> bool {
+        let mut keys = [0; FEW];
+        let chosen = self.choose_few(chooser, need, &mut keys);
+        let is_empty = self.empty_chosen(&chosen);
+        is_empty | self.take_away_chosen(&keys, &chosen)
+    }
+
+    /// Frees the memory of chosen slots. False if there are none.
+    fn empty_chosen(&self, chosen: &Chosen) -> bool {
+        if let (Some(standby), Some(run)) = (&self.standby, chosen.emptied) {
+            self.empty(standby, run);
+        }
+        chosen.emptied.is_some()
+    }
+
+    /// Has chosen pages leave. False if all of them stay.
+    fn take_away_chosen(&self, keys: &[PageKey; FEW], chosen: &Chosen) -> bool {
+        if chosen.is_block {
+            self.drop_run(keys[0], block_at(keys[0]));
+        }
+        let (mut done, mut left) = (0, 0);
+        while done < chosen.victims {
+            let run = leading_run(&keys[done..chosen.victims]);
+            let (now, gone) = self.take_away_run(keys[done], run, chosen.slot.map(|slot| slot + done));
+            done += now;
+            left += gone;
+        }
+        chosen.is_block || left > 0
+    }
+
+    /// Chooses a few pages, in the order of their regions and addresses, or a block by its first page.
+    #[inline(never)]
+    fn choose_few(
+        &self,
+        mut chooser: MutexGuard<'_, Chooser>,
+        need: Need,
+        keys: &mut [PageKey; FEW],
+    ) -> Chosen {
+        chooser.take_note(&self.arrivals);
+        let mut chosen = Chosen { emptied: None, is_block: false, slot: None, victims: 0 };
+        let mut most = FEW;
+        let mut block = chooser.blocks.victim();
+        if let Some(standby) = self.standby.as_ref().filter(|_| block.is_none()) {
+            let free = if need == Need::Now { usize::MAX } else { 2 * BATCH };
+            chosen.emptied = standby.begin_empty(&mut chooser, free).filter(|run| !run.slots().is_empty());
+            match need {
+                Need::Now if chosen.emptied.is_some() => return chosen,
+                Need::Now => {}
+                Need::Later => {
+                    let (slot, taken) = standby.slots.take_in_a_row(&mut chooser.ends, FEW);
+                    (chosen.slot, most) = (Some(slot), taken);
+                }
+            }
+        }
+        if block.is_none() {
+            chosen.victims = chooser.victims(&mut keys[..most]).len();
+        }
+        if let (Some(standby), Some(slot)) = (&self.standby, chosen.slot) {
+            standby.skip(slot + chosen.victims, most - chosen.victims);
+        }
+        if block.is_none() && chosen.victims == 0 && need == Need::Now {
+            block = chooser.blocks.last_resort();
+        }
+        if let Some(first) = block {
+            (keys[0], chosen.is_block) = (first, true);
+        }
+        chosen
+    }
+
+    /// Moves the first pages of a run to slots, or drops the run. Returns the number of pages that are done,
+    /// and that of those that have left.
+    #[inline(never)]
+    fn take_away_run(&self, first: PageKey, run: Span, slot: Option<usize>) -> (usize, usize) {
+        let (Some(standby), Some(slot)) = (&self.standby, slot) else {
+            return (run.pages, self.drop_run(first, run));
+        };
+        let mut moved = None;
+        let mut work =
+            |share: &Share, region: &Mapping| moved = Some(share.move_few(region, standby, run, slot));
+        self.enter_region(first, &mut work);
+        let Some(moved) = moved else {
+            // The region ends, and its pages with it.
+            standby.skip(slot, run.pages);
+            return (run.pages, 0);
+        };
+        (moved.max(1), moved)
+    }
+
+    #[inline(never)]
+    fn drop_run(&self, first: PageKey, run: Span) -> usize {
+        let mut dropped = 0;
+        self.enter_region(first, &mut |share, region| dropped = share.drop_span(region, run));
+        dropped
+    }
+
+    /// Calls `work` with the region of a page, unless the region ends.
+    fn enter_region(&self, page: PageKey, work: &mut dyn FnMut(&Share, &Mapping)) {
+        let members = self.members.read();
+        if let Some(Some(share)) = members.value().and_then(|members| members.get(member_of(page))) {
+            share.enter(&mut |region| work(share, region));
+        }
+    }
+
+    /// Reserves memory above the limit, if a handler has found that nothing can leave.
+    fn overrun_by_permit(&self, pages: usize) -> bool {
+        let one_less = |permits: usize| permits.checked_sub(1);
+        let is_permitted = self.permits.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok();
+        if is_permitted && !self.try_reserve_above_mark(pages) {
+            self.overrun(pages);
+        }
+        is_permitted
+    }
+}
+
+impl Share {
+    /// Moves the first pages of a run to slots. Returns the number of pages that have moved. If it is 0, the
+    /// first page is done.
+    fn move_few(&self, region: &Mapping, standby: &Standby, run: Span, slot: usize) -> usize {
+        let quiet = Quiet(region);
+        match region.pages.claim_present(run, &quiet) {
+            Ok(mut claim) => self.move_run(&mut claim, standby, slot, None),
+            Err(state) => {
+                standby.slots.skip(slot);
+                self.forget_absent(region, run.first, state);
+                0
+            }
+        }
+    }
+}
+
+/// How urgent it is that pages leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// The budget is used up.
+    Now,
+    /// Some memory is to be free for the next faults.
+    Later,
+}
+
+/// The pages that a handler takes away.
+struct Chosen {
+    /// Slots whose frames are freed.
+    emptied: Option<Emptying>,
+    /// True for a whole block in the place of single pages.
+    is_block: bool,
+    /// The first slot for the pages. `None`: they are dropped.
+    slot: Option<usize>,
+    victims: usize,
+}
+
+/// Lets the thread with the right to choose run: it may need this CPU, or sleep.
+fn pause(waits: usize) {
+    if waits <= YIELDS {
+        yield_now();
+    } else {
+        thread::sleep(MOMENT);
+    }
+}
+
+/// The pages that leave at once, whose keys are on the stack.
+const FEW: usize = 16;
+/// How often a handler gives its CPU away before it sleeps.
+const YIELDS: usize = 64;
+const MOMENT: Duration = Duration::from_micros(500);
+/// How often a handler waits for the right to choose before its page exceeds the budget.
+const WAITS: usize = 4096;
