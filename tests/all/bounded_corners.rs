@@ -6,6 +6,7 @@ use crate::guests::lacks_poison;
 use crate::waits::{comes_true, until};
 use crate::{PAGE, discard, handle_user_signal, spawn_asleep};
 use nix::libc;
+use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{Signal, raise};
 use pagestitch::source::WritableSource;
 use pagestitch::{Budget, Chunk, Region, SharedRegion, Source};
@@ -57,13 +58,15 @@ fn a_flush_fails_for_a_page_that_cannot_be_read_and_the_page_stays_dirty() {
     assert_eq!(disk.word(1), 7);
 }
 
-/// A source that unmaps a page of its region, and takes no bytes.
-struct Unmapping {
+/// A source that calls the kernel for a page of its region before it takes no bytes. Repaired, it takes them.
+struct Meddling {
     disk: Arc<Disk>,
     address: AtomicUsize,
+    meddle: fn(*mut libc::c_void),
+    is_repaired: AtomicBool,
 }
 
-impl Source for Unmapping {
+impl Source for Meddling {
     fn size(&self) -> u64 {
         self.disk.size()
     }
@@ -73,12 +76,12 @@ impl Source for Unmapping {
     }
 }
 
-impl WritableSource for Unmapping {
-    #[expect(unsafe_code, reason = "a page that is unmapped")]
-    fn write_at(&self, _: u64, _: &[u8]) -> io::Result<usize> {
-        let page = std::ptr::with_exposed_provenance_mut(self.address.load(Ordering::SeqCst));
-        // SAFETY: a page of the region, which no thread touches any more.
-        assert_eq!(unsafe { libc::munmap(page, PAGE) }, 0);
+impl WritableSource for Meddling {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        if self.is_repaired.load(Ordering::SeqCst) {
+            return self.disk.write_at(offset, bytes);
+        }
+        (self.meddle)(std::ptr::with_exposed_provenance_mut(self.address.load(Ordering::SeqCst)));
         Err(io::Error::from_raw_os_error(libc::ENOSPC))
     }
 
@@ -87,22 +90,83 @@ impl WritableSource for Unmapping {
     }
 }
 
+/// Has page 1 leave, which is written, while its source calls the kernel for it and takes no bytes.
+fn evict_below(
+    meddle: fn(*mut libc::c_void),
+    check: impl Fn(&SharedRegion, &Meddling, &Budget) + Send + Sync + 'static,
+) {
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let (disk, address) = (Disk::of(vec![0; 4 * PAGE]), AtomicUsize::new(0));
+    let source = Arc::new(Meddling { disk, address, meddle, is_repaired: AtomicBool::new(false) });
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&source)), 1);
+    word(&region, 1).store(7, Ordering::SeqCst);
+    source.address.store(word(&region, 1).as_ptr().expose_provenance(), Ordering::SeqCst);
+    scope(|scope| {
+        scope.spawn(|| region.evict(PAGE as u64..2 * PAGE as u64).unwrap());
+    });
+    check(&region, &source, &budget);
+}
+
 #[test]
 fn a_page_that_is_unmapped_while_its_write_fails_has_an_end() {
+    #[expect(unsafe_code, reason = "a page that is unmapped")]
+    fn unmap(page: *mut libc::c_void) {
+        // SAFETY: a page of the region, which no thread touches any more.
+        assert_eq!(unsafe { libc::munmap(page, PAGE) }, 0);
+    }
     let end = child::run(this_test!(), || {
         if moves_no_pages() {
             return;
         }
-        let budget = Budget::bytes(BUDGET).unwrap();
-        let source = Arc::new(Unmapping { disk: Disk::of(vec![0; 4 * PAGE]), address: AtomicUsize::new(0) });
-        let region = bounded(&budget, Chunk::writable(Arc::clone(&source)), 1);
-        word(&region, 1).store(7, Ordering::SeqCst);
-        source.address.store(word(&region, 1).as_ptr().expose_provenance(), Ordering::SeqCst);
-        scope(|scope| {
-            scope.spawn(|| region.evict(PAGE as u64..2 * PAGE as u64).unwrap());
+        evict_below(unmap, |region, _, budget| {
+            region.flush(..).unwrap();
+            assert_eq!(budget.metrics().dirty_bytes, 0);
         });
-        region.flush(..).unwrap();
-        assert_eq!(budget.metrics().dirty_bytes, 0);
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn a_page_that_another_mapping_replaces_while_its_write_fails_has_an_end() {
+    #[expect(unsafe_code, reason = "a page that is mapped over")]
+    fn map_over(page: *mut libc::c_void) {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        // SAFETY: a page of the region, which no thread touches any more.
+        let mapped = unsafe { libc::mmap(page, PAGE, libc::PROT_READ, flags, -1, 0) };
+        assert_eq!(mapped, page);
+    }
+    let end = child::run(this_test!(), || {
+        if moves_no_pages() {
+            return;
+        }
+        evict_below(map_over, |region, _, budget| {
+            region.flush(..).unwrap();
+            assert_eq!(budget.metrics().dirty_bytes, 0);
+        });
+    });
+    end.expect_pass();
+}
+
+/// The kernel moves no page into a mapping that is locked, from one that is not.
+#[test]
+fn a_page_that_is_locked_while_its_write_fails_comes_back_with_its_bytes() {
+    #[expect(unsafe_code, reason = "a page that is locked as soon as it is there")]
+    fn lock(page: *mut libc::c_void) {
+        // SAFETY: a lock changes no byte. A process that may not lock passes, too.
+        let _ = unsafe { libc::mlock2(page, PAGE, libc::MLOCK_ONFAULT as _) };
+    }
+    let end = child::run(this_test!(), || {
+        if moves_no_pages() {
+            return;
+        }
+        evict_below(lock, |region, source, budget| {
+            assert_eq!(budget.metrics().dirty_bytes, PAGE as u64);
+            assert_eq!(word(region, 1).load(Ordering::SeqCst), 7);
+            word(region, 1).store(8, Ordering::SeqCst);
+            source.is_repaired.store(true, Ordering::SeqCst);
+            region.flush(..).unwrap();
+            assert_eq!((source.disk.word(1), budget.metrics().dirty_bytes), (8, 0));
+        });
     });
     end.expect_pass();
 }
@@ -326,4 +390,103 @@ fn a_region_ends_while_the_build_of_another_one_waits_for_a_write() {
         ends
     });
     assert!(ends);
+}
+
+/// A signal handler may bring a page back that its thread is about to bring back, too.
+#[test]
+fn a_page_that_a_signal_handler_brings_back_is_counted_once() {
+    static ADDRESS: AtomicUsize = AtomicUsize::new(0);
+    #[expect(unsafe_code, reason = "a signal handler reads through a pointer")]
+    extern "C" fn handler(_: i32) {
+        let word = std::ptr::with_exposed_provenance_mut(ADDRESS.load(Ordering::SeqCst));
+        // SAFETY: a word of the region, which is accessed by atomics only.
+        unsafe { AtomicU64::from_ptr(word) }.load(Ordering::SeqCst);
+    }
+    const ROUNDS: usize = 20_000;
+    let end = child::run(this_test!(), || {
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let builder = Region::builder().chunk(vec![7u8; PAGE]).budget(&budget);
+        let region = builder.build_shared(&pool(1)).unwrap();
+        ADDRESS.store(word(&region, 0).as_ptr().expose_provenance(), Ordering::SeqCst);
+        handle_user_signal(handler);
+        let is_over = AtomicBool::new(false);
+        scope(|scope| {
+            let (told, thread) = std::sync::mpsc::channel();
+            let (region, is_over) = (&region, &is_over);
+            scope.spawn(move || {
+                told.send(pthread_self()).unwrap();
+                for _ in 0..ROUNDS {
+                    region.evict(..).unwrap();
+                    region.populate(..).unwrap();
+                }
+                is_over.store(true, Ordering::SeqCst);
+                // The signals come to an end before the thread does.
+                until(|| !is_over.load(Ordering::SeqCst));
+            });
+            let thread = thread.recv().unwrap();
+            while !is_over.load(Ordering::SeqCst) {
+                pthread_kill(thread, Signal::SIGUSR1).unwrap();
+            }
+            is_over.store(false, Ordering::SeqCst);
+        });
+        region.evict(..).unwrap();
+        let metrics = budget.metrics();
+        assert_eq!(metrics.resident_bytes, metrics.standby_bytes, "{metrics:?}");
+    });
+    end.expect_pass();
+}
+
+/// True if the kernel has a page.
+#[expect(unsafe_code, reason = "mincore")]
+fn is_in_memory(region: &SharedRegion, page: usize) -> bool {
+    let mut here = [0];
+    // SAFETY: the page is inside the region, and the kernel writes one byte.
+    assert_eq!(unsafe { libc::mincore(word(region, page).as_ptr().cast(), PAGE, here.as_mut_ptr()) }, 0);
+    here[0] & 1 == 1
+}
+
+/// The page is absent for the region, because the read of its thread fails, and was filled for a signal handler.
+#[test]
+fn a_locked_page_of_a_failed_read_leaves_after_its_lock() {
+    static ADDRESS: AtomicUsize = AtomicUsize::new(0);
+    #[expect(unsafe_code, reason = "a signal handler reads through a pointer")]
+    extern "C" fn handler(_: i32) {
+        let word = std::ptr::with_exposed_provenance_mut(ADDRESS.load(Ordering::SeqCst));
+        // SAFETY: a word of the region, which is accessed by atomics only.
+        unsafe { AtomicU64::from_ptr(word) }.load(Ordering::SeqCst);
+    }
+    #[expect(unsafe_code, reason = "a lock")]
+    fn lock(region: &SharedRegion, locks: bool) -> bool {
+        let page = word(region, 0).as_ptr().cast();
+        // SAFETY: a lock changes no byte.
+        (unsafe { if locks { libc::mlock(page, PAGE) } else { libc::munlock(page, PAGE) } }) == 0
+    }
+    if lacks_poison(this_test!()) {
+        return;
+    }
+    let end = child::run(this_test!(), || {
+        let (budget, pool) = (Budget::bytes(BUDGET).unwrap(), pool(1));
+        let chunk: Arc<dyn Source> = Arc::new(FailingFirst { reads: AtomicUsize::new(0) });
+        let region = Region::builder().chunk(chunk).budget(&budget).build_shared(&pool).unwrap();
+        let others = Region::builder().chunk(vec![1u8; PAGES * PAGE]).budget(&budget).build(&pool).unwrap();
+        ADDRESS.store(word(&region, 0).as_ptr().expose_provenance(), Ordering::SeqCst);
+        handle_user_signal(handler);
+        scope(|scope| {
+            scope.spawn(|| region.populate(..).unwrap_err());
+        });
+        assert!(is_in_memory(&region, 0));
+        let read_others = || others.as_slice().iter().step_by(PAGE).for_each(|byte| assert_eq!(*byte, 1));
+        if !lock(&region, true) {
+            return;
+        }
+        (0..8).for_each(|_| read_others());
+        assert!(is_in_memory(&region, 0), "it is locked");
+        assert!(lock(&region, false));
+        let leaves = (0..16).any(|_| {
+            read_others();
+            !is_in_memory(&region, 0)
+        });
+        assert!(leaves, "it stays in memory for ever");
+    });
+    end.expect_pass();
 }

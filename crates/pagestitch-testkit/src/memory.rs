@@ -5,7 +5,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
-use pagestitch::Region;
+use pagestitch::{Region, SharedRegion};
 use pagestitch_kernel::PageSize;
 use std::fs::File;
 use std::io;
@@ -13,6 +13,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
 
 /// A call on a part of a mapping. The kernel usually splits the mapping at both ends of the part,
 /// and no byte changes.
@@ -35,12 +36,19 @@ impl Split {
     ///
     /// If the range is outside the region.
     pub fn region(self, region: &Region, bytes: Range<usize>) {
-        assert!(bytes.end <= region.len(), "inside");
-        let page = PageSize::system().bytes();
-        let (start, end) = (bytes.start.next_multiple_of(page), bytes.end / page * page);
-        if start < end {
-            let address = region.as_ptr().map_addr(|base| base.checked_add(start).expect("inside"));
-            self.at(address.cast(), end - start);
+        if let Some((address, bytes)) = whole_pages(region.as_ptr(), region.len(), bytes) {
+            self.at(address, bytes);
+        }
+    }
+
+    /// As [`region`](Self::region), for a region that changes.
+    ///
+    /// # Panics
+    ///
+    /// If the range is outside the region.
+    pub fn shared(self, region: &SharedRegion, bytes: Range<usize>) {
+        if let Some((address, bytes)) = whole_pages(region.as_ptr(), region.len(), bytes) {
+            self.at(address, bytes);
         }
     }
 
@@ -78,17 +86,50 @@ impl Split {
 ///
 /// If the range is outside the region.
 pub fn discard(region: &Region, bytes: Range<usize>) {
-    assert!(bytes.end <= region.len(), "inside");
+    discard_pages(whole_pages(region.as_ptr(), region.len(), bytes));
+}
+
+/// As [`discard`], for a region that changes. Written bytes are gone.
+///
+/// # Panics
+///
+/// If the range is outside the region.
+pub fn discard_shared(region: &SharedRegion, bytes: Range<usize>) {
+    discard_pages(whole_pages(region.as_ptr(), region.len(), bytes));
+}
+
+fn discard_pages(pages: Option<(NonNull<libc::c_void>, usize)>) {
+    let Some((address, bytes)) = pages else { return };
+    // SAFETY: discards pages of a region, which are filled again when they are touched. Until then a read
+    // waits.
+    #[expect(unsafe_code, reason = "madvise")]
+    let _ = unsafe { madvise(address, bytes, MmapAdvise::MADV_DONTNEED) };
+}
+
+/// The whole pages inside a range of a region of `len` bytes.
+fn whole_pages(base: NonNull<u8>, len: usize, bytes: Range<usize>) -> Option<(NonNull<libc::c_void>, usize)> {
+    assert!(bytes.end <= len, "inside");
     let page = PageSize::system().bytes();
     let (start, end) = (bytes.start.next_multiple_of(page), bytes.end / page * page);
-    if start >= end {
-        return;
+    let address = base.map_addr(|base| base.checked_add(start).expect("inside"));
+    (start < end).then_some((address.cast(), end.saturating_sub(start)))
+}
+
+/// The word at an offset of a region that is writable.
+///
+/// # Panics
+///
+/// If the offset is not that of an aligned word inside the region.
+#[must_use]
+pub fn word_of(region: &SharedRegion, offset: usize) -> &AtomicU64 {
+    assert!(offset % 8 == 0 && offset + 8 <= region.len(), "a word of the region");
+    let word = region.as_ptr().as_ptr().wrapping_add(offset).cast::<u64>();
+    // SAFETY: the word is inside the region, aligned, and lives as long as the region. Threads and the kernel
+    // change its bytes at any time, which atomics allow.
+    #[expect(unsafe_code, reason = "threads of an application write through the pointer")]
+    unsafe {
+        AtomicU64::from_ptr(word)
     }
-    let address = region.as_ptr().map_addr(|base| base.checked_add(start).expect("inside"));
-    // SAFETY: discards pages of a region, which has the same bytes again when they are touched.
-    // Until then a read waits.
-    #[expect(unsafe_code, reason = "madvise")]
-    let _ = unsafe { madvise(address.cast(), end - start, MmapAdvise::MADV_DONTNEED) };
 }
 
 /// Makes a sealed memfd of huge pages with these bytes, and zeros up to the end of its last page.

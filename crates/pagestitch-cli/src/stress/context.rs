@@ -3,6 +3,7 @@
 use super::model::Model;
 use super::tally::Tally;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::ScopedJoinHandle;
 
@@ -13,32 +14,54 @@ pub(super) type Failure = String;
 #[derive(Clone, Copy)]
 pub(super) struct Context<'a> {
     pub(super) model: &'a Model,
-    pub(super) tally: &'a Tally,
-    pub(super) heartbeat: &'a AtomicU64,
+    pub(super) run: Run<'a>,
 }
 
 impl Context<'_> {
+    /// Compares bytes with the model.
+    pub(super) fn verify(&self, read: &[u8], range: &Range<usize>) -> Result<(), Failure> {
+        self.run.verify(read, &self.model.bytes[range.clone()], range.start)
+    }
+
+    /// Adds the counters of a region to those of the run.
+    pub(super) fn add(&self, metrics: &pagestitch::Metrics) {
+        Tally::count(&self.run.tally.faults, metrics.faults);
+        Tally::count(&self.run.tally.pages, metrics.pages_installed());
+    }
+}
+
+/// The counters of the run, for rounds without a [`Model`].
+#[derive(Clone, Copy)]
+pub(super) struct Run<'a> {
+    pub(super) tally: &'a Arc<Tally>,
+    pub(super) heartbeat: &'a AtomicU64,
+}
+
+impl Run<'_> {
     /// Tells the watching thread that this thread makes progress.
     pub(super) fn beat(&self) {
         self.heartbeat.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Compares bytes with the model.
-    pub(super) fn verify(&self, read: &[u8], range: &Range<usize>) -> Result<(), Failure> {
-        let expected = &self.model.bytes[range.clone()];
-        if let Some(at) = read.iter().zip(expected).position(|(read, expected)| read != expected) {
+    /// Compares bytes that were read at an offset.
+    pub(super) fn verify(&self, read: &[u8], expected: &[u8], offset: usize) -> Result<(), Failure> {
+        if let Some(at) = difference(read, expected) {
             let (read, expected) = (read[at], expected[at]);
-            return Err(format!("byte {} is {read:#x}, expected {expected:#x}", range.start + at));
+            return Err(format!("byte {} is {read:#x}, expected {expected:#x}", offset + at));
         }
         Tally::count(&self.tally.bytes_verified, read.len() as u64);
         Ok(())
     }
+}
 
-    /// Adds the counters of a region to those of the run.
-    pub(super) fn add(&self, metrics: &pagestitch::Metrics) {
-        Tally::count(&self.tally.faults, metrics.faults);
-        Tally::count(&self.tally.pages, metrics.pages_installed());
+/// The index of the first byte that differs.
+pub(super) fn difference(one: &[u8], other: &[u8]) -> Option<usize> {
+    // At once, because a build without optimization compares single bytes slowly.
+    if one == other {
+        return None;
     }
+    let differs = one.iter().zip(other).position(|(one, other)| one != other);
+    differs.or(Some(one.len().min(other.len())))
 }
 
 /// Waits for threads. Returns the first failure of one.

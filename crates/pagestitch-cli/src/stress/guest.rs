@@ -66,7 +66,7 @@ impl<'a> ServedGuest<'a> {
     /// Runs a virtual CPU. Each has pages of its own to discard, and touches all pages.
     fn run_cpu(&self, rng: &mut Rng, cpu: usize) -> Result<(), Failure> {
         for _ in 0..rng.usize(20..400) {
-            self.context.beat();
+            self.context.run.beat();
             let page = rng.usize(..self.discarded.len());
             if self.context.model.may_fail(&(page * PAGE..page * PAGE + 1)) {
                 continue;
@@ -78,7 +78,7 @@ impl<'a> ServedGuest<'a> {
             if rng.u8(..12) == 0 {
                 let call = split(rng);
                 self.guest.split(rng.usize(..self.discarded.len()) * PAGE, PAGE, call);
-                Tally::count(&self.context.tally.splits, 1);
+                Tally::count(&self.context.run.tally.splits, 1);
             }
             self.touch(page * PAGE + rng.usize(..PAGE), is_own)?;
         }
@@ -90,7 +90,7 @@ impl<'a> ServedGuest<'a> {
             .balloon(page * PAGE, PAGE)
             .map_err(|error| format!("the guest cannot discard a page: {error}"))?;
         self.discarded[page].store(true, Ordering::SeqCst);
-        Tally::count(&self.context.tally.balloons, 1);
+        Tally::count(&self.context.run.tally.balloons, 1);
         Ok(())
     }
 
@@ -103,7 +103,7 @@ impl<'a> ServedGuest<'a> {
         if !right {
             return Err(format!("byte {at} is {read:#x}, expected {expected:#x}; discarded: {discarded}"));
         }
-        Tally::count(&self.context.tally.bytes_verified, 1);
+        Tally::count(&self.context.run.tally.bytes_verified, 1);
         Ok(())
     }
 }

@@ -8,26 +8,38 @@
 //! | `round` | the choices of one round |
 //! | `owned` | a region of this process: touched from several threads, discarded in parts, forked |
 //! | `guest` | a guest in this process: its virtual CPUs touch and discard pages |
+//! | `bounded` | a region with a budget: its pages leave and come back |
+//! | `written` | a region whose written pages go back to their sources |
+//! | `replaced` | a region whose pages get other bytes |
+//! | `grown` | a region to which chunks are appended |
 //! | `stopped` | a process that is stopped and continued while its faults have a time limit |
 //! | `context` | the parts of a round that all its threads share |
+//! | `limit` | the budget of a round |
 //! | `server` | the server of a round |
 //! | `model` | a random list of chunks, with its expected bytes and the parts that may fail |
 //! | `sources` | sources that fail, panic, drop requests or delay, as announced |
+//! | `store` | sources that take bytes back, and whose writes fail, as announced |
 //! | `kernel` | injected answers of the kernel, in a build for that |
 //! | `locked` | memory that the process locks before or during the round |
 //! | `tally` | the counters of a run |
 
+mod bounded;
 mod context;
+mod grown;
 mod guest;
 mod kernel;
+mod limit;
 mod locked;
 mod model;
 mod owned;
+mod replaced;
 mod round;
 mod server;
 mod sources;
 mod stopped;
+mod store;
 mod tally;
+mod written;
 
 use crate::log;
 use crate::number;

@@ -13,6 +13,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+/// The kind of a region, which decides the chunks that it can have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Owned,
+    /// Whole pages in total.
+    Guest,
+    /// No donated pages, and more bytes than the budget in most rounds.
+    Bounded,
+}
+
 /// The expected content of a region.
 pub(super) struct Model {
     pub(super) bytes: Vec<u8>,
@@ -29,11 +39,11 @@ pub(super) struct Model {
 }
 
 impl Model {
-    /// Adds random chunks. `whole`: whole pages in total, as a guest has them.
+    /// Adds random chunks for a region of this kind.
     pub(super) fn random(
         rng: &mut Rng,
         tally: &Arc<Tally>,
-        whole: bool,
+        kind: Kind,
         mut builder: Builder,
     ) -> io::Result<(Self, Builder)> {
         let mut model = Self {
@@ -47,6 +57,7 @@ impl Model {
         // Few large chunks, some, or so many that whole blocks are gathered from them.
         let (most, largest) = match rng.u8(..8) {
             0 | 1 => (20, 3 << 20),
+            _ if kind == Kind::Bounded => (10, 4 << 20),
             2 => (2000, 4000),
             _ => (20, 100_000),
         };
@@ -55,6 +66,7 @@ impl Model {
             // each failing source takes time.
             _ if most > 20 => &[HOLE, MEMORY, MEMORY],
             0 => &INLINE_KINDS,
+            _ if kind == Kind::Bounded => &BOUNDED_KINDS,
             _ => &ALL_KINDS,
         };
         if rng.u8(..8) == 0 {
@@ -68,7 +80,7 @@ impl Model {
             builder = builder.chunks(model.chunk(rng, tally, kind, len)?);
         }
         let ragged = model.bytes.len() % PAGE;
-        if whole && ragged > 0 {
+        if kind == Kind::Guest && ragged > 0 {
             builder = builder.chunk(model.memory(rng, PAGE - ragged));
         }
         Ok((model, builder))
@@ -247,15 +259,21 @@ impl Model {
     /// Adds bytes without a zero among them.
     fn random_bytes(&mut self, rng: &mut Rng, len: usize) -> &[u8] {
         let start = self.bytes.len();
-        let mut state = rng.u64(..) | 1;
-        self.bytes.extend((0..len).map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state as u8 | 1
-        }));
+        self.bytes.extend(random_bytes(rng, len));
         &self.bytes[start..]
     }
+}
+
+/// Bytes without a zero among them.
+pub(super) fn random_bytes(rng: &mut Rng, len: usize) -> Vec<u8> {
+    let mut state = rng.u64(..) | 1;
+    let next = |_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8 | 1
+    };
+    (0..len).map(next).collect()
 }
 
 /// A random wrapper, and the size of its blocks; 1 if it has none.
@@ -278,5 +296,7 @@ const MEMFD: u8 = 1;
 const FILE: u8 = 3;
 const MEMORY: u8 = 9;
 const ALL_KINDS: [u8; 10] = [HOLE, MEMFD, 2, FILE, 4, 5, 6, MEMORY, MEMORY, MEMORY];
+/// The kinds of chunks that a region with a budget can have.
+const BOUNDED_KINDS: [u8; 8] = [HOLE, MEMFD, FILE, 4, 5, MEMORY, MEMORY, MEMORY];
 /// The kinds of chunks that a region can have which is served inline.
 const INLINE_KINDS: [u8; 5] = [HOLE, MEMFD, FILE, FILE, MEMORY];

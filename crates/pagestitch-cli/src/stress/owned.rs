@@ -1,6 +1,6 @@
 //! A region of this process: threads and forked children touch it.
 
-use super::context::{Context, Failure, join_all};
+use super::context::{Context, Failure, Run, join_all};
 use super::kernel::Injection;
 use super::locked::Locked;
 use super::tally::Tally;
@@ -36,7 +36,7 @@ pub(super) struct OwnedRegion<'a> {
 impl OwnedRegion<'_> {
     /// Touches the region from several threads, repairs its sources, and checks all bytes.
     pub(super) fn run(&self, rng: &mut Rng) -> Result<(), Failure> {
-        let Context { model, tally, .. } = self.context;
+        let Context { model, run: Run { tally, .. } } = self.context;
         let threads = rng.usize(1..6);
         let forks = rng.u8(..8) == 0;
         thread::scope(|scope| {
@@ -73,9 +73,10 @@ impl OwnedRegion<'_> {
 
     fn touch_at_random(&self, rng: &mut Rng) -> Result<(), Failure> {
         let Self { region, context, .. } = self;
-        let Context { model, tally, .. } = context;
+        let Context { model, run } = context;
+        let tally = run.tally;
         for _ in 0..rng.usize(10..150) {
-            context.beat();
+            context.run.beat();
             let range = range(rng, model.bytes.len());
             match rng.u8(..11) {
                 0..5 if self.can_touch(&range) => {
@@ -117,7 +118,7 @@ impl OwnedRegion<'_> {
 
     /// Starts a forked child that reads pages which cannot fail, and waits for it.
     fn run_child(&self, rng: &mut Rng) -> Result<(), Failure> {
-        Tally::count(&self.context.tally.children, 1);
+        Tally::count(&self.context.run.tally.children, 1);
         // The child has its own copy of the counters, which is lost.
         let child = ForkedChild::start(|| i32::from(self.verify_in_child(&mut rng.fork()).is_err()));
         let ended = child.wait();
@@ -139,7 +140,7 @@ impl OwnedRegion<'_> {
         let failed = region.failures().len();
         match region.retry_failed(..) {
             Ok(()) => {
-                Tally::count(&context.tally.retried, failed as u64);
+                Tally::count(&context.run.tally.retried, failed as u64);
                 let mut read = vec![0; context.model.bytes.len()];
                 region
                     .read_at(0, &mut read)
@@ -166,7 +167,7 @@ impl OwnedRegion<'_> {
 
     /// An error is right if a source or an answer of the kernel may fail these bytes.
     fn check(&self, done: Result<(), pagestitch::Error>, range: &Range<usize>) -> Result<(), Failure> {
-        let Context { model, tally, .. } = self.context;
+        let Context { model, run: Run { tally, .. } } = self.context;
         match done {
             Ok(()) => {}
             Err(_) if self.any_page_may_fail() => Tally::count(&tally.errors_as_injected, 1),

@@ -1,26 +1,33 @@
 //! One round: a region is built, touched from several threads, discarded in parts, and dropped.
 
-use super::context::{Context, Failure};
+use super::bounded;
+use super::context::{Context, Failure, Run, join_all};
+use super::grown;
 use super::guest::{ServedGuest, adopt, ranges};
 use super::kernel::Injection;
+use super::limit;
 use super::locked::Locked;
-use super::model::Model;
+use super::model::{Kind, Model};
 use super::owned::OwnedRegion;
+use super::replaced;
 use super::server::{RunningServer, may_serve_children};
 use super::stopped;
 use super::tally::Tally;
+use super::written;
 use fastrand::Rng;
 use pagestitch::{Builder, Readahead, Region};
 use pagestitch_testkit::guest::Guest;
 use std::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::thread;
 
 pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, heartbeat: &AtomicU64) -> Result<(), Failure> {
     let mut rng = Rng::with_seed(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round);
     let done = match rng.u8(..) {
         0 => stopped::run(rng.u64(..), tally).map_err(Into::into),
-        _ if rng.u8(..4) == 0 => run_guest(&mut rng, round, tally, heartbeat),
+        1..64 => run_guest(&mut rng, round, tally, heartbeat),
+        64..140 => run_changing(&mut rng, Run { tally, heartbeat }),
         _ => run_owned(&mut rng, round, tally, heartbeat),
     };
     Injection::end();
@@ -37,7 +44,7 @@ fn run_owned(
     let locked = Locked::begin(rng, tally);
     let builder = configure(rng, round);
     let builder = if rng.u8(..4) == 0 { builder.hardware_read_only() } else { builder };
-    let (mut model, builder) = Model::random(rng, tally, false, builder)?;
+    let (mut model, builder) = Model::random(rng, tally, Kind::Owned, builder)?;
     let injection = Injection::begin(rng, true);
     let server = RunningServer::start(rng, model.inline)?;
     let inherited = server.is_pool() && rng.u8(..3) == 0 && may_serve_children();
@@ -60,7 +67,8 @@ fn run_owned(
     }
     let region = builder.build(server.server())?;
     Tally::count(&tally.shards, region.shards().len() as u64);
-    let (context, reads_events) = (Context { model: &model, tally, heartbeat }, !server.is_inline());
+    let (context, reads_events) =
+        (Context { model: &model, run: Run { tally, heartbeat } }, !server.is_inline());
     let owned = OwnedRegion {
         region: &region,
         context,
@@ -76,6 +84,40 @@ fn run_owned(
     Ok(())
 }
 
+/// Regions that change: those of a budget, those that are written back, and those that get other bytes. Two of
+/// them may share a budget and a server.
+fn run_changing(rng: &mut Rng, run: Run<'_>) -> Result<(), Box<dyn Error>> {
+    let locked = Locked::begin(rng, run.tally);
+    Injection::begin(rng, false);
+    let budget = limit::random(rng)?;
+    let server = RunningServer::start(rng, false)?;
+    // Without a budget, the kernel alone records writes.
+    let limit = (rng.u8(..4) > 0).then_some(&budget);
+    let beside = rng.u8(..3) == 0;
+    let mut beside_rng = rng.fork();
+    thread::scope(|scope| {
+        let beside = beside.then(|| {
+            let run_beside = || {
+                let done = bounded::run(&mut beside_rng, run, &budget, &server);
+                done.map_err(|error| error.to_string())
+            };
+            scope.spawn(run_beside)
+        });
+        locked.meanwhile(run.tally);
+        let done = match rng.u8(..8) {
+            0..3 => written::run(rng, run, limit, &server),
+            3..5 => bounded::run(rng, run, &budget, &server),
+            5 | 6 => replaced::run(rng, run, limit, &server),
+            _ => grown::run(rng, run, &server),
+        };
+        let beside = join_all(beside.into_iter().collect());
+        done.and(beside.map_err(Into::into))
+    })?;
+    Tally::count(&run.tally.regions, 1);
+    limit::check_end(&budget, run.tally)?;
+    Ok(())
+}
+
 /// A guest in this process. The round locks no memory, because a guest must register its memory before
 /// the kernel populates it.
 fn run_guest(
@@ -85,13 +127,13 @@ fn run_guest(
     heartbeat: &AtomicU64,
 ) -> Result<(), Box<dyn Error>> {
     let builder = configure(rng, round);
-    let (model, builder) = Model::random(rng, tally, true, builder)?;
+    let (model, builder) = Model::random(rng, tally, Kind::Guest, builder)?;
     Injection::begin(rng, false);
     let server = RunningServer::start(rng, false)?;
     let guest = Guest::new(&ranges(rng, model.bytes.len()), false)?;
     let builder = configure_events(rng, builder);
     let region = builder.build_adopted(adopt(&guest)?, server.server())?;
-    let context = Context { model: &model, tally, heartbeat };
+    let context = Context { model: &model, run: Run { tally, heartbeat } };
     ServedGuest::new(rng, &guest, &region, context).run(rng)?;
     drop(region);
     Tally::count(&tally.regions, 1);

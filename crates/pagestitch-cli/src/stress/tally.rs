@@ -65,6 +65,32 @@ tally! {
     hugetlb_parts_skipped,
     /// Times that the process with a time limit was stopped.
     stopped,
+    /// Regions with a budget.
+    bounded,
+    /// Regions whose written pages go back to their sources.
+    written_back,
+    /// Regions that were not built, because the kernel cannot record writes, or cannot move pages.
+    written_back_skipped,
+    /// Pages that have left regions with a budget.
+    evictions,
+    /// Pages that have come back without a read of their source.
+    soft_faults,
+    /// Pages above a budget, because none could leave.
+    overruns,
+    /// Flushes.
+    flushes,
+    /// Flushes that have returned an announced error.
+    flushes_failed,
+    /// Errors, panics and empty answers of sources that take bytes back.
+    write_failures_injected,
+    /// Writes that took some of the bytes, or none for the moment.
+    short_writes_injected,
+    /// Chunks that were appended.
+    appends,
+    /// Ranges that got other bytes.
+    replacements,
+    /// Ranges that were pinned.
+    pins,
 }
 
 impl Tally {

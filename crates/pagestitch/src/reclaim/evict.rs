@@ -323,11 +323,16 @@ impl Share {
             return claim.settle(1, PageState::Present);
         }
         // A page that is swapped out may look absent: it is dropped, so that no uncounted page stays.
-        if self.places.get(page) == Place::Resident && self.evictable.discard(page.span()).is_ok() {
-            self.uncount(page, Place::Nowhere);
-        }
-        if self.places.get(page) == Place::Listed {
-            self.places.set(page, Place::Nowhere);
+        match self.places.get(page) {
+            Place::Resident if self.evictable.discard(page.span()).is_ok() => {
+                self.uncount(page, Place::Nowhere);
+            }
+            // It is locked, and leaves later.
+            Place::Resident => self.page_stays(page),
+            Place::Listed => {
+                self.places.set(page, Place::Nowhere);
+            }
+            Place::Nowhere | Place::Gone | Place::Slot(_) => {}
         }
         claim.settle(1, state);
     }

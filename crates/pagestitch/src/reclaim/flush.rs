@@ -14,6 +14,7 @@ use crate::error::{Failure, FailureReason};
 use crate::reclaim::dirty::DirtyPages;
 use crate::reclaim::places::Place;
 use crate::reclaim::share::{Quiet, Share, without_handlers};
+use crate::reclaim::soft_fault::Return;
 use crate::reclaim::state::{BATCH, key_of};
 use crate::reclaim::write_back::has_padding;
 use crate::space::Mapping;
@@ -157,8 +158,10 @@ impl Share {
         };
         match self.places.get(page) {
             Place::Slot(slot) if is_modified(slot as usize) => {
-                if self.bring_back(page, slot as usize, range, region.uffd.of(range), true) == Outcome::Done {
-                    claim.settle(1, PageState::Present);
+                match self.bring_back(page, slot as usize, range, region.uffd.of(range), true) {
+                    Return::Done => claim.settle(1, PageState::Present),
+                    Return::Unmapped => self.forget_unmapped(dirty, page, slot as usize),
+                    Return::Changing | Return::Gone => {}
                 }
                 Copied::Again
             }
@@ -264,17 +267,16 @@ fn move_back(region: &Mapping, snapshots: &Arena, page: Page, slot: usize) {
     let range = region.target.addresses(page.span());
     let uffd = region.uffd.of(range);
     loop {
-        match snapshots.give_back(uffd, range, slot) {
+        let back = match snapshots.give_back(uffd, range, slot) {
+            outcome @ (Outcome::Done | Outcome::AlreadyThere | Outcome::Changing) => outcome,
+            // The frame is pinned, or the region is locked since.
+            _ => snapshots.copy_back(uffd, range, slot..slot + 1, Arrival::Writable),
+        };
+        match back {
             Outcome::Done | Outcome::AlreadyThere => return,
-            Outcome::Busy
-                if snapshots.copy_back(uffd, range, slot..slot + 1, Arrival::Writable) == Outcome::Done =>
-            {
-                return;
-            }
             // The application has unmapped the page.
             Outcome::NotRegistered | Outcome::ProcessGone => return,
-            _ => {}
+            _ => thread::yield_now(),
         }
-        thread::yield_now();
     }
 }

@@ -51,6 +51,17 @@ impl Places {
         let (Ok(before) | Err(before)) = changed;
         Place::from_bits((before >> shift) as u32)
     }
+
+    /// Changes the place of a page if it is `from`.
+    pub(super) fn exchange(&self, page: Page, from: Place, to: Place) -> bool {
+        let (shift, word) = (shift(page), &self.0[page.0 / 2]);
+        let mask = u64::from(u32::MAX) << shift;
+        let change = |word: u64| {
+            let is_from = (word & mask) >> shift == u64::from(from.bits());
+            is_from.then_some(word & !mask | u64::from(to.bits()) << shift)
+        };
+        word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok()
+    }
 }
 
 impl LeftPages for Places {
@@ -129,5 +140,9 @@ mod tests {
         assert_eq!(places.set(Page(0), Place::Nowhere), Place::Resident);
         let all = [Page(0), Page(1), Page(2)].map(|page| places.get(page));
         assert_eq!(all, [Place::Nowhere, Place::Slot(LAST), Place::Slot(0)]);
+        assert!(!places.exchange(Page(1), Place::Slot(0), Place::Gone));
+        assert!(places.exchange(Page(2), Place::Slot(0), Place::Gone));
+        let all = [Page(1), Page(2)].map(|page| places.get(page));
+        assert_eq!(all, [Place::Slot(LAST), Place::Gone]);
     }
 }

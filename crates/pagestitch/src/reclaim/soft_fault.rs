@@ -10,6 +10,20 @@ use crate::space::page_table::{Claim, PageState};
 use pagestitch_kernel::uffd::Arrival;
 use pagestitch_kernel::{AddressRange, Outcome, Page, Uffd};
 
+/// The answer to a thread that brings a page back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Return {
+    /// The page is in its region.
+    Done,
+    /// The page waits still: try again.
+    Changing,
+    /// The page waits still, is modified, and has no place any more: the application has unmapped it, or has
+    /// mapped other memory over it.
+    Unmapped,
+    /// The slot does not have the page any more, or its source has the same bytes.
+    Gone,
+}
+
 impl Share {
     /// As [`Residence::prepare`](crate::space::Residence::prepare).
     pub(super) fn prepare(
@@ -22,15 +36,16 @@ impl Share {
         let (first, span) = (claim.span().first, claim.span().prefix(BLOCK_PAGES));
         if let Place::Slot(slot) = self.places.get(first) {
             match self.bring_back(first, slot as usize, range, uffd, writes == Some(first)) {
-                Outcome::Done => {
+                Return::Done => {
                     count(&self.state.tally.soft_faults, 1);
                     claim.settle(1, PageState::Present);
                     return Prepared::Returned;
                 }
-                Outcome::Changing => return Prepared::Changing,
-                // The page is filled from its source.
-                _ => {
-                    self.places.set(first, Place::Gone);
+                Return::Changing | Return::Unmapped => return Prepared::Changing,
+                // The page is filled from its source. A signal handler of this thread may have it back
+                // already, so that its place is another one.
+                Return::Gone => {
+                    self.places.exchange(first, Place::Slot(slot), Place::Gone);
                 }
             }
         }
@@ -51,11 +66,10 @@ impl Share {
     pub(super) fn return_beside(&self, page: Page, range: AddressRange, uffd: &Uffd) -> bool {
         let Place::Slot(slot) = self.places.get(page) else { return false };
         let back = self.bring_back(page, slot as usize, range, uffd, false);
-        matches!(back, Outcome::Done | Outcome::Changing)
+        matches!(back, Return::Done | Return::Changing)
     }
 
-    /// Brings the page of a slot back. [`Outcome::NotRegistered`] if the slot does not have it any more.
-    /// The page is claimed.
+    /// Brings the page of a slot back. The page is claimed.
     pub(super) fn bring_back(
         &self,
         page: Page,
@@ -63,10 +77,10 @@ impl Share {
         range: AddressRange,
         uffd: &Uffd,
         is_written: bool,
-    ) -> Outcome {
-        let Some(standby) = &self.state.standby else { return Outcome::NotRegistered };
+    ) -> Return {
+        let Some(standby) = &self.state.standby else { return Return::Gone };
         let key = key_of(self.member, page);
-        let Some(frame) = standby.slots.begin_return(slot, key) else { return Outcome::NotRegistered };
+        let Some(frame) = standby.slots.begin_return(slot, key) else { return Return::Gone };
         if let Some(dirty) = self.dirty.as_ref().filter(|_| is_written || frame == Frame::Modified) {
             // Before the page can be written.
             dirty.mark(page);
@@ -74,45 +88,63 @@ impl Share {
         // A page that moves can be written without a fault.
         let protects = self.dirty.as_ref().is_some_and(|dirty| !dirty.is_dirty(page));
         let back = match protects {
-            true => self.copy_back(standby, slot, (range, uffd), Arrival::Protected),
-            false => match standby.arena.give_back(uffd, range, slot) {
-                // Its frame is pinned.
-                Outcome::Busy => self.copy_back(standby, slot, (range, uffd), Arrival::Writable),
-                moved => {
-                    if moved == Outcome::Done {
-                        standby.slots.returned(slot);
-                    }
-                    moved
-                }
-            },
+            true => self.copy_back(standby, (slot, frame), (range, uffd), Arrival::Protected),
+            false => self.move_back(standby, (slot, frame), (range, uffd)),
         };
         match back {
             Outcome::Done => {}
-            // A modified page has its bytes nowhere else.
-            outcome if outcome == Outcome::Changing || frame == Frame::Modified => {
+            Outcome::Changing => {
                 standby.slots.cancel_return(slot, key, frame);
-                return Outcome::Changing;
+                return Return::Changing;
             }
-            refused => {
+            // A modified page has its bytes nowhere else.
+            refused if frame == Frame::Modified => {
+                standby.slots.cancel_return(slot, key, frame);
+                let is_unmapped = refused == Outcome::NotRegistered;
+                return if is_unmapped { Return::Unmapped } else { Return::Changing };
+            }
+            _ => {
                 standby.slots.abandon(slot);
-                return refused;
+                return Return::Gone;
             }
         }
         self.places.set(page, Place::Resident);
         self.page_came(page, true);
-        Outcome::Done
+        Return::Done
+    }
+
+    /// Moves the page of a slot, or copies it: its frame may be pinned, or the memory of the region may be
+    /// locked since, into which no unlocked page moves.
+    fn move_back(
+        &self,
+        standby: &Standby,
+        (slot, frame): (usize, Frame),
+        (range, uffd): (AddressRange, &Uffd),
+    ) -> Outcome {
+        match standby.arena.give_back(uffd, range, slot) {
+            Outcome::Done => {
+                standby.slots.returned(slot);
+                Outcome::Done
+            }
+            Outcome::Changing => Outcome::Changing,
+            _ => self.copy_back(standby, (slot, frame), (range, uffd), Arrival::Writable),
+        }
     }
 
     /// Copies the page of a slot. The old frame is free then, or waits for the end of the slot.
     fn copy_back(
         &self,
         Standby { arena, slots }: &Standby,
-        slot: usize,
+        (slot, frame): (usize, Frame),
         (range, uffd): (AddressRange, &Uffd),
         arrival: Arrival,
     ) -> Outcome {
         let has_room = self.state.try_reserve(1);
-        let copied = arena.copy_back(uffd, range, slot..slot + 1, arrival);
+        let copied = match arena.copy_back(uffd, range, slot..slot + 1, arrival) {
+            // No thread but that with the claim brings a modified page back: its copy has come before.
+            Outcome::AlreadyThere if frame == Frame::Modified => Outcome::Done,
+            outcome => outcome,
+        };
         match copied {
             Outcome::Done if has_room => slots.abandon(slot),
             // The new frame takes the place of the old one in the budget.

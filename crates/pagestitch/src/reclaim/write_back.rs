@@ -4,11 +4,12 @@ use crate::error::Failure;
 use crate::reclaim::dirty::DirtyPages;
 use crate::reclaim::places::Place;
 use crate::reclaim::share::{Quiet, Share, State};
+use crate::reclaim::soft_fault::Return;
 use crate::reclaim::state::{BATCH, BatchBuffer, Standby, count, key_of};
 use crate::source::{ask_writer, write_all};
 use crate::space::Mapping;
 use crate::space::page_table::{PageState, Wake};
-use pagestitch_kernel::{Outcome, Page, PageSize, Span};
+use pagestitch_kernel::{Page, PageSize, Span};
 use std::sync::PoisonError;
 use std::{mem, thread};
 
@@ -191,11 +192,10 @@ impl Share {
             // A touch brings it back otherwise.
             if let Ok(mut claim) = region.pages.claim(page, &quiet) {
                 let back = self.bring_back(page, slot, range, region.uffd.of(range), true);
-                let is_back = back == Outcome::Done;
-                if !is_back && self.evictable.reservation().is_resident(page).is_err() {
-                    self.forget_unmapped(dirty, standby, page, slot);
+                if back == Return::Unmapped {
+                    self.forget_unmapped(dirty, page, slot);
                 }
-                claim.settle(1, if is_back { PageState::Present } else { PageState::Absent });
+                claim.settle(1, if back == Return::Done { PageState::Present } else { PageState::Absent });
                 // A thread may have faulted before the claim.
                 quiet.wake(page.span());
             }
@@ -204,7 +204,9 @@ impl Share {
     }
 
     /// The application has unmapped a claimed page, so that its bytes have no place any more.
-    fn forget_unmapped(&self, dirty: &DirtyPages, standby: &Standby, page: Page, slot: usize) {
+    #[cold]
+    pub(super) fn forget_unmapped(&self, dirty: &DirtyPages, page: Page, slot: usize) {
+        let Some(standby) = &self.state.standby else { return };
         if standby.slots.begin_return(slot, key_of(self.member, page)).is_some() {
             standby.slots.abandon(slot);
             dirty.unmark(page);
