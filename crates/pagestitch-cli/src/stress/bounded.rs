@@ -17,6 +17,9 @@ use std::thread;
 struct Bounded<'a> {
     region: &'a Region,
     budget: &'a Budget,
+    /// Pages are locked at times. Not beside a region whose pages cannot be written, because there would be no
+    /// room.
+    locks: bool,
     context: Context<'a>,
 }
 
@@ -25,13 +28,14 @@ pub(super) fn run(
     run: Run<'_>,
     budget: &Budget,
     server: &RunningServer,
+    locks: bool,
 ) -> Result<(), Box<dyn Error>> {
     let builder = Region::builder().name("bounded").budget(budget);
     let builder = if rng.bool() { builder.readahead(Readahead::None) } else { builder };
     let (model, builder) = Model::random(rng, run.tally, Kind::Bounded, builder)?;
     let region = builder.build(server.server())?;
     Tally::count(&run.tally.bounded, 1);
-    let bounded = Bounded { region: &region, budget, context: Context { model: &model, run } };
+    let bounded = Bounded { region: &region, budget, locks, context: Context { model: &model, run } };
     bounded.run(rng)?;
     Ok(())
 }
@@ -56,7 +60,7 @@ impl Bounded<'_> {
     }
 
     fn touch_at_random(&self, rng: &mut Rng) -> Result<(), Failure> {
-        let Self { region, budget, context } = self;
+        let Self { region, budget, context, .. } = self;
         for _ in 0..rng.usize(10..150) {
             context.run.beat();
             let range = range(rng, region.len());
@@ -83,7 +87,7 @@ impl Bounded<'_> {
                     Tally::count(&context.run.tally.discards, 1);
                 }
                 13 => {
-                    split(rng).region(region, range);
+                    self.split(rng).region(region, range);
                     Tally::count(&context.run.tally.splits, 1);
                 }
                 _ => self.read(&range)?,
@@ -91,6 +95,16 @@ impl Bounded<'_> {
             limit::check(budget)?;
         }
         Ok(())
+    }
+
+    /// A random call that splits a mapping.
+    fn split(&self, rng: &mut Rng) -> Split {
+        match rng.u8(..7) {
+            0 => Split::Protect,
+            1 | 2 if self.locks => Split::Lock(rng.bool()),
+            3 => Split::PageOut,
+            _ => Split::Advise(rng.bool()),
+        }
     }
 
     fn read(&self, range: &Range<usize>) -> Result<(), Failure> {
@@ -112,16 +126,6 @@ impl Bounded<'_> {
             }
             Err(error) => Err(format!("bytes {range:?} fail, but their source does not: {error}")),
         }
-    }
-}
-
-/// A random call that splits a mapping.
-fn split(rng: &mut Rng) -> Split {
-    match rng.u8(..7) {
-        0 => Split::Protect,
-        1 | 2 => Split::Lock(rng.bool()),
-        3 => Split::PageOut,
-        _ => Split::Advise(rng.bool()),
     }
 }
 

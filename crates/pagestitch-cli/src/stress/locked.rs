@@ -37,6 +37,11 @@ impl Locked {
         locked
     }
 
+    /// True if no memory is locked in this round.
+    pub(super) fn is_none(&self) -> bool {
+        (self.before | self.meanwhile).is_empty()
+    }
+
     /// Takes the locks that belong into the middle of the round.
     pub(super) fn meanwhile(&self, tally: &Tally) {
         self.lock(self.meanwhile, tally);
@@ -53,7 +58,7 @@ impl Locked {
 
 impl Drop for Locked {
     fn drop(&mut self) {
-        if !(self.before | self.meanwhile).is_empty() {
+        if !self.is_none() {
             let _ = munlockall();
         }
     }

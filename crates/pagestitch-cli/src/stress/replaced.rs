@@ -10,7 +10,7 @@ use super::model::PAGE;
 use super::server::RunningServer;
 use super::tally::Tally;
 use fastrand::Rng;
-use pagestitch::{Budget, Chunk, SharedRegion};
+use pagestitch::{Budget, Chunk, ErrorKind, SharedRegion};
 use pagestitch_testkit::memory::{Split, discard_shared};
 use parking_lot::Mutex;
 use std::error::Error;
@@ -22,6 +22,8 @@ struct Replaced<'a> {
     region: SharedRegion,
     run: Run<'a>,
     budget: Option<&'a Budget>,
+    /// The kernel keeps pages of the region.
+    is_locked: bool,
     pages: Vec<Mutex<Numbers>>,
     /// The pages that are being replaced. A thread replaces those of one lock.
     parts: Vec<Mutex<()>>,
@@ -39,6 +41,7 @@ pub(super) fn run(
     run: Run<'_>,
     budget: Option<&Budget>,
     server: &RunningServer,
+    is_locked: bool,
 ) -> Result<(), Box<dyn Error>> {
     let most = [100, 3000][rng.usize(..2)];
     let pages = rng.usize(1..most);
@@ -51,7 +54,7 @@ pub(super) fn run(
     let new = |number| Mutex::new(Numbers { all: vec![number], valid: 0 });
     let pages = numbers.into_iter().map(new).collect::<Vec<_>>();
     let parts = pages.chunks(PART).map(|_| Mutex::new(())).collect();
-    let replaced = Replaced { region, run, budget, pages, parts };
+    let replaced = Replaced { region, run, budget, is_locked, pages, parts };
     let threads = rng.usize(1..5);
     thread::scope(|scope| {
         let start = |_| {
@@ -121,12 +124,18 @@ impl Replaced<'_> {
             false if rng.bool() => self.region.replace(range, shifted(rng, &numbers)),
             false => self.region.replace(range, bytes_of(&numbers)),
         };
+        // After an error the pages have their bytes as before.
+        match done {
+            Err(error) if self.is_locked && error.kind() == ErrorKind::Kernel => return Ok(Ok(())),
+            Err(error) => return Ok(Err(error)),
+            Ok(()) => {}
+        }
         for page in &self.pages[pages] {
             let mut page = page.lock();
             page.valid = page.all.len() - 1;
         }
         Tally::count(&self.run.tally.replacements, 1);
-        Ok(done)
+        Ok(Ok(()))
     }
 
     fn read(&self, pages: &Range<usize>) -> Result<(), Failure> {

@@ -12,6 +12,7 @@ use super::owned::OwnedRegion;
 use super::replaced;
 use super::server::{RunningServer, may_serve_children};
 use super::stopped;
+use super::store::Failures;
 use super::tally::Tally;
 use super::written;
 use fastrand::Rng;
@@ -94,24 +95,29 @@ fn run_changing(rng: &mut Rng, run: Run<'_>) -> Result<(), Box<dyn Error>> {
     // Without a budget, the kernel alone records writes.
     let limit = (rng.u8(..4) > 0).then_some(&budget);
     let beside = rng.u8(..3) == 0;
+    let failures = match locked.is_none() {
+        false => Failures::None,
+        true if beside => Failures::Some,
+        true => Failures::All,
+    };
     let mut beside_rng = rng.fork();
     thread::scope(|scope| {
-        let beside = beside.then(|| {
+        let other = beside.then(|| {
             let run_beside = || {
-                let done = bounded::run(&mut beside_rng, run, &budget, &server);
+                let done = bounded::run(&mut beside_rng, run, &budget, &server, false);
                 done.map_err(|error| error.to_string())
             };
             scope.spawn(run_beside)
         });
         locked.meanwhile(run.tally);
         let done = match rng.u8(..8) {
-            0..3 => written::run(rng, run, limit, &server),
-            3..5 => bounded::run(rng, run, &budget, &server),
-            5 | 6 => replaced::run(rng, run, limit, &server),
+            0..3 => written::run(rng, run, limit, &server, failures),
+            3..5 => bounded::run(rng, run, &budget, &server, !beside),
+            5 | 6 => replaced::run(rng, run, limit, &server, !locked.is_none()),
             _ => grown::run(rng, run, &server),
         };
-        let beside = join_all(beside.into_iter().collect());
-        done.and(beside.map_err(Into::into))
+        let other = join_all(other.into_iter().collect());
+        done.and(other.map_err(Into::into))
     })?;
     Tally::count(&run.tally.regions, 1);
     limit::check_end(&budget, run.tally)?;

@@ -15,6 +15,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// The failures that a round can bear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Failures {
+    /// All bytes are taken, because locked pages cannot leave, and there would be no room beside those that
+    /// cannot be written.
+    None,
+    /// Some bytes are always taken, so that there is room for the pages of other regions.
+    Some,
+    /// No bytes are taken for a moment.
+    All,
+}
+
 /// The failures of a store, until it is repaired.
 #[derive(Debug, Clone)]
 pub(super) enum Fault {
@@ -46,15 +58,16 @@ pub(super) struct Store {
 }
 
 impl Store {
-    pub(super) fn random(rng: &mut Rng, tally: &Arc<Tally>, bytes: Vec<u8>) -> Arc<Self> {
+    pub(super) fn random(rng: &mut Rng, tally: &Arc<Tally>, bytes: Vec<u8>, failures: Failures) -> Arc<Self> {
         let size = bytes.len() as u64;
         let fault = match rng.u8(..8) {
+            0..5 if failures == Failures::None => Fault::None,
             0 | 1 => Fault::OneOf(rng.u64(4..40)),
             2 | 3 => {
                 let start = rng.u64(..size);
                 Fault::Bytes(start..rng.u64(start + 1..=size).min(start + 30_000))
             }
-            4 => Fault::Moment,
+            4 if failures == Failures::All => Fault::Moment,
             5 => Fault::Sync,
             _ => Fault::None,
         };
@@ -74,6 +87,11 @@ impl Store {
     /// Ends all failures.
     pub(super) fn repair(&self) {
         self.repaired.store(true, Ordering::SeqCst);
+    }
+
+    /// True if writes fail.
+    pub(super) fn fails_to_write(&self) -> bool {
+        !matches!(self.fault, Fault::None | Fault::Sync)
     }
 
     /// True if an error of a flush was announced.

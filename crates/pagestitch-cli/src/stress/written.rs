@@ -7,7 +7,7 @@ use super::context::{Failure, Run, join_all};
 use super::limit;
 use super::model::{PAGE, random_bytes};
 use super::server::RunningServer;
-use super::store::{Fault, Store};
+use super::store::{Failures, Fault, Store};
 use super::tally::Tally;
 use fastrand::Rng;
 use pagestitch::{Budget, Chunk, ErrorKind, SharedRegion, WriteBack};
@@ -35,8 +35,9 @@ pub(super) fn run(
     run: Run<'_>,
     budget: Option<&Budget>,
     server: &RunningServer,
+    failures: Failures,
 ) -> Result<(), Box<dyn Error>> {
-    let Some(written) = Written::random(rng, run, budget, server)? else {
+    let Some(written) = Written::random(rng, run, budget, server, failures)? else {
         Tally::count(&run.tally.written_back_skipped, 1);
         return Ok(());
     };
@@ -60,6 +61,7 @@ impl<'a> Written<'a> {
         run: Run<'a>,
         budget: Option<&'a Budget>,
         server: &RunningServer,
+        failures: Failures,
     ) -> Result<Option<Self>, pagestitch::Error> {
         let (mut bytes, mut stores) = (Vec::new(), Vec::new());
         let builder = SharedRegion::builder().name("written").write_back(WriteBack::ToSource);
@@ -73,7 +75,7 @@ impl<'a> Written<'a> {
             let (start, len) = (bytes.len(), rng.usize(1..largest));
             let new = random_bytes(rng, len);
             bytes.extend_from_slice(&new);
-            let store = Store::random(rng, run.tally, new);
+            let store = Store::random(rng, run.tally, new, failures);
             builder = builder.chunk(Chunk::writable(Arc::clone(&store)));
             stores.push((store, start..bytes.len()));
         }
@@ -107,7 +109,9 @@ impl<'a> Written<'a> {
                     let start = number * PART + range.start;
                     self.check(self.region.populate(start as u64..(start + range.len()) as u64))?;
                 }
-                12 => split(rng).shared(&self.region, number * PART + range.start..number * PART + range.end),
+                12 => self
+                    .split(rng)
+                    .shared(&self.region, number * PART + range.start..number * PART + range.end),
                 _ => self.read(number, &expected, &range)?,
             }
         }
@@ -280,6 +284,16 @@ impl<'a> Written<'a> {
         limit::check(budget)
     }
 
+    /// A random call that splits a mapping.
+    fn split(&self, rng: &mut Rng) -> Split {
+        let may_lock = !self.stores.iter().any(|(store, _)| store.fails_to_write());
+        match rng.u8(..6) {
+            0 | 1 if may_lock => Split::Lock(rng.bool()),
+            2 => Split::PageOut,
+            _ => Split::Advise(rng.bool()),
+        }
+    }
+
     /// An error is right if written pages leave no room.
     fn check(&self, done: Result<(), pagestitch::Error>) -> Result<(), Failure> {
         match done {
@@ -331,15 +345,6 @@ impl<'a> Written<'a> {
     /// Fills pages again that had no room.
     fn retry(&self) -> Result<(), Failure> {
         self.region.retry_failed(..).map_err(|error| format!("the retry fails: {error}"))
-    }
-}
-
-/// A random call that splits a mapping.
-fn split(rng: &mut Rng) -> Split {
-    match rng.u8(..6) {
-        0 | 1 => Split::Lock(rng.bool()),
-        2 => Split::PageOut,
-        _ => Split::Advise(rng.bool()),
     }
 }
 
