@@ -9,7 +9,7 @@ use nix::libc;
 use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{Signal, raise};
 use pagestitch::source::WritableSource;
-use pagestitch::{Budget, Chunk, Region, SharedRegion, Source};
+use pagestitch::{Budget, Chunk, ErrorKind, Region, SharedRegion, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::io;
@@ -487,6 +487,38 @@ fn a_locked_page_of_a_failed_read_leaves_after_its_lock() {
             !is_in_memory(&region, 0)
         });
         assert!(leaves, "it stays in memory for ever");
+    });
+    end.expect_pass();
+}
+
+/// A source in memory of which the last page fails.
+struct FailingLast;
+
+impl Source for FailingLast {
+    fn size(&self) -> u64 {
+        (PAGES * PAGE) as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        into.fill(7);
+        let is_last = offset + into.len() as u64 == self.size();
+        if is_last { Err(io::ErrorKind::Other.into()) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn a_read_of_more_than_the_budget_returns_the_error_of_a_page_behind_it() {
+    let end = child::run(this_test!(), || {
+        let (budget, chunk) = (Budget::bytes(BUDGET).unwrap(), Arc::new(FailingLast) as Arc<dyn Source>);
+        let builder = || Region::builder().chunk(Arc::clone(&chunk)).budget(&budget);
+        let mut bytes = vec![0; PAGES * PAGE];
+        let region = builder().build(&pool(1)).unwrap();
+        let error = region.read_at(0, &mut bytes).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::SourceFailed, "{error}");
+        region.read_at(0, &mut bytes[PAGE..]).unwrap();
+        assert!(bytes[PAGE..].iter().all(|byte| *byte == 7));
+        let shared = builder().build_shared(&pool(1)).unwrap();
+        assert_eq!(shared.read_at(0, &mut bytes).unwrap_err().kind(), ErrorKind::SourceFailed);
     });
     end.expect_pass();
 }

@@ -526,12 +526,17 @@ impl AnyRegion {
 
     /// Fills the absent pages of `bytes` bytes from `offset` on. Returns their range of offsets.
     pub(super) fn filled(&self, offset: u64, bytes: usize) -> Result<Range<u64>, Error> {
-        let range = self.inside(offset, offset.checked_add(bytes as u64))?;
+        let range = self.inside_of(offset, bytes)?;
         let span = self.span(range.clone())?;
         // Pages beyond the budget would leave before they are read: the reader faults them in.
         let most = self.served.residence.as_ref().map_or(span.pages, |residence| residence.limit());
         self.fill(span.prefix(most), &|| true)?;
         Ok(range)
+    }
+
+    /// An error if the bytes are not inside the region.
+    pub(super) fn inside_of(&self, offset: u64, bytes: usize) -> Result<Range<u64>, Error> {
+        self.inside(offset, offset.checked_add(bytes as u64))
     }
 
     /// Lets the present pages of a range be written without a fault, if written pages go back from a budget.

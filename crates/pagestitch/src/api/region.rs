@@ -273,6 +273,9 @@ impl Region {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        if self.any.served.residence.is_some() {
+            return self.read_parts(offset, into);
+        }
         let range = self.any.filled(offset, into.len())?;
         if self.has_files {
             match self.view.read_at(offset, into) {
@@ -282,6 +285,35 @@ impl Region {
             }
         }
         into.copy_from_slice(&self.as_slice()[range.start as usize..range.end as usize]);
+        Ok(())
+    }
+
+    /// Reads part by part in a region with a budget, where the first pages of a long range leave before the last
+    /// ones come. The kernel copies, because a page that has left and that its source does not give again is an
+    /// error, and a touch of it a signal.
+    fn read_parts(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        /// A part is small beside the least budget.
+        const PART: usize = 1 << 18;
+        /// A page stays for as long as it takes to fill a large part of the budget.
+        const TRIES: u32 = 100;
+        self.any.inside_of(offset, into.len())?;
+        let (mut done, mut tries) = (0, 1);
+        while done < into.len() {
+            let (start, end) = (offset + done as u64, into.len().min(done + PART));
+            let part = &mut into[done..end];
+            let range = self.any.filled(start, part.len())?;
+            match self.view.read_at(start, part) {
+                Ok(()) => (done, tries) = (end, 1),
+                // Where only faults of user code are served, the kernel does not wait for a page that has left.
+                Err(Errno::EFAULT) if tries < TRIES => tries += 1,
+                // The kernel copies for no process here.
+                Err(Errno::EPERM | Errno::ENOSYS) => {
+                    part.copy_from_slice(&self.as_slice()[range.start as usize..range.end as usize]);
+                    done = end;
+                }
+                Err(errno) => return Err(refused(&self.any, "read", &range, errno)),
+            }
+        }
         Ok(())
     }
 
