@@ -457,9 +457,9 @@ fn a_locked_page_of_a_failed_read_leaves_after_its_lock() {
     }
     #[expect(unsafe_code, reason = "a lock")]
     fn lock(region: &SharedRegion, locks: bool) -> bool {
-        let page = word(region, 0).as_ptr().cast();
-        // SAFETY: a lock changes no byte.
-        (unsafe { if locks { libc::mlock(page, PAGE) } else { libc::munlock(page, PAGE) } }) == 0
+        let call = if locks { libc::mlock } else { libc::munlock };
+        // SAFETY: the page is inside the region, and a lock changes no byte.
+        unsafe { call(word(region, 0).as_ptr().cast(), PAGE) == 0 }
     }
     if lacks_poison(this_test!()) {
         return;

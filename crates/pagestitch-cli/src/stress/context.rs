@@ -61,7 +61,7 @@ pub(super) fn difference(one: &[u8], other: &[u8]) -> Option<usize> {
         return None;
     }
     let differs = one.iter().zip(other).position(|(one, other)| one != other);
-    differs.or(Some(one.len().min(other.len())))
+    differs.or_else(|| Some(one.len().min(other.len())))
 }
 
 /// Waits for threads. Returns the first failure of one.

@@ -17,13 +17,15 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread;
 
+/// The place of a chunk, and its bytes.
+type Placed = Arc<(Range<usize>, Vec<u8>)>;
+
 /// A region with the chunks that are known to be there.
 struct Grown<'a> {
     region: Region,
     run: Run<'a>,
     align: usize,
-    /// The places of chunks, with their bytes.
-    chunks: Mutex<Vec<Arc<(Range<usize>, Vec<u8>)>>>,
+    chunks: Mutex<Vec<Placed>>,
     inline: bool,
 }
 

@@ -117,7 +117,7 @@ fn run_changing(rng: &mut Rng, run: Run<'_>) -> Result<(), Box<dyn Error>> {
             _ => grown::run(rng, run, &server),
         };
         let other = join_all(other.into_iter().collect());
-        done.and(other.map_err(Into::into))
+        done.and_then(|()| other.map_err(Into::into))
     })?;
     Tally::count(&run.tally.regions, 1);
     limit::check_end(&budget, run.tally)?;

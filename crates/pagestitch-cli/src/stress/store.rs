@@ -122,7 +122,7 @@ impl Store {
         }
         match &self.fault {
             Fault::None | Fault::Sync => false,
-            Fault::OneOf(many) => number % many == 0,
+            Fault::OneOf(many) => number.is_multiple_of(*many),
             Fault::Bytes(bad) => overlap(bad, range),
             Fault::Moment => Instant::now() < self.until,
         }
