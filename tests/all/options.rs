@@ -180,7 +180,7 @@ fn refusal_in_private_memory(option: &str, server: &str, adopted: bool) -> Optio
                 ["writable", "record", "inherit_on_fork", "release_sources", "track_changes", "capacity"];
             match (refused.contains(&other) || adopted, server) {
                 (true, _) => (OptionConflict, Some(Budget)),
-                (false, "inline" | "eager") => (UnsuitableServer, Some(Budget)),
+                (false, "eager") => (UnsuitableServer, Some(Budget)),
                 (false, _) => return None,
             }
         }

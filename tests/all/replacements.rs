@@ -91,6 +91,7 @@ fn a_poisoned_page_is_replaced_by_bytes_and_a_failure_names_the_new_source() {
     region.populate(pages(1..2)).unwrap_err();
     region.populate(pages(2..3)).unwrap_err();
     region.replace(pages(1..2), chunk(Some(2), 1)).unwrap();
+    assert_eq!(region.failures().len(), 1, "the failure of bytes that are gone");
     assert_eq!((region.as_slice()[PAGE], region.failures().len()), (2, 1));
     region.replace(pages(0..1), chunk(None, 1)).unwrap();
     let failure = region.populate(pages(0..1)).unwrap_err();

@@ -57,6 +57,7 @@ pub(crate) fn replace(
             residence.discarded(span);
         }
         replacing.set(span, range, chunk);
+        region.forget_failures(span);
     }
     claim.settle(span.pages, PageState::Absent);
     drop(quiet);

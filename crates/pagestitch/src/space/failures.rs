@@ -62,6 +62,15 @@ impl Mapping {
         }
     }
 
+    /// Removes the failures of claimed pages that get other bytes.
+    pub(crate) fn forget_failures(&self, span: Span) {
+        if !self.failures.is_unused() {
+            let mut failures = self.failures.locked();
+            let failed: Vec<_> = failures.range(span.first..span.end()).map(|(&page, _)| page).collect();
+            failed.iter().for_each(|page| drop(failures.remove(page)));
+        }
+    }
+
     /// Removes the failures of pages that have been filled.
     pub(crate) fn remove_failures(&self, span: Span) {
         if !self.failures.is_unused() {
