@@ -128,3 +128,16 @@ fn locked_pages_stay() {
     assert!(budget.metrics().kept >= 1);
     touch_all(&region);
 }
+
+/// Such a region has a budget and no page in it.
+#[test]
+fn a_region_whose_pages_are_all_in_place_has_none_to_evict() {
+    let memfd = crate::zero_copy::memfd(&bytes(3));
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let builder = Region::builder().chunk(memfd).budget(&budget);
+    let region = builder.build(&pool()).unwrap();
+    touch_all(&region);
+    assert_eq!(region.evict(..).unwrap(), 0);
+    region.pin(..).unwrap();
+    region.unpin(..).unwrap();
+}

@@ -12,7 +12,8 @@ impl AnyRegion {
     ///
     /// Pages that only reach into the range leave, too. They wait on the standby list like other pages that
     /// leave, so that a touch soon after needs no read. Pages that are [pinned](Self::pin), locked
-    /// (`mlock(2)`), or being filled stay.
+    /// (`mlock(2)`), or being filled stay. Pages of a file or memfd that are shown in place take no memory
+    /// of the region, and none of them leaves.
     ///
     /// # Errors
     ///
@@ -32,6 +33,9 @@ impl AnyRegion {
     pub fn evict(&self, range: impl RangeBounds<u64>) -> Result<u64, Error> {
         let span = self.own_span("evict", range)?;
         let Some(residence) = &self.served.residence else {
+            if self.served.in_place.pages() == self.served.target.all().pages as u64 {
+                return Ok(0);
+            }
             let what = format!(
                 "region {}: it has no budget(), so its filled pages stay until the drop: add budget(), or leave out evict()",
                 self.name()
