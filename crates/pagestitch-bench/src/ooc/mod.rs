@@ -1,4 +1,4 @@
-//! A reader of a file that is larger than its memory, in a process and a memory cgroup of its own.
+//! A reader or writer of a file that is larger than its memory, in a process and a memory cgroup of its own.
 //!
 //! The benchmark starts itself again for each run, because a cgroup limits a process: the reader's own
 //! pages and the page cache that its reads fill count together, for a region as for a plain `mmap`.
@@ -7,29 +7,37 @@
 //! |---|---|
 //! | `trace` | the order of the touches |
 //! | `cgroup` | memory cgroups, of both versions |
+//! | `direct` | plain reads around the page cache |
+//! | `writing` | touches half of which write |
 //! | `words` | the words of a mapped file, or of a region |
 
 mod cgroup;
+mod direct;
 mod trace;
 mod words;
+mod writing;
 
 use crate::case::Sample;
 use crate::child;
-use crate::measure::processor_time;
+use crate::measure::{processor_time, timed};
 use crate::systems::PAGE;
 use crate::team::{at_once, in_parts, parts};
 use cgroup::Cgroup;
+use direct::DirectReads;
+use nix::sys::mman::ProtFlags;
 use nix::sys::resource::{UsageWho, getrusage};
-use pagestitch::source::FileSource;
-use pagestitch::{Budget, Error, Pool, Region};
+use pagestitch::source::{FileSource, WritableFile};
+use pagestitch::{Budget, Chunk, Error, ErrorKind, Pool, Region, SharedRegion, WriteBack};
 use serde::{Deserialize, Serialize};
 use std::env;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Stdio, exit};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use words::{Advice, Words};
+use writing::{Writer, check_and_restore};
 
 pub(crate) use cgroup::has_cgroups;
 pub(crate) use trace::{Pattern, Trace};
@@ -41,6 +49,8 @@ pub(crate) enum Way {
     Region,
     /// A region with a budget, whose pages are read around the page cache where the file system can.
     RegionDirect,
+    /// Reads of single pages into a buffer, around the page cache: the most that the disk gives.
+    DirectReads,
     /// A plain `mmap`, with the kernel's readahead.
     Mmap,
     /// A plain `mmap`, advised of random reads.
@@ -112,6 +122,9 @@ impl ReadTask {
         let folder = env::var_os(cgroup::VARIABLE).expect("a cgroup");
         cgroup::join(Path::new(&folder)).expect("a cgroup to join");
         match self.way {
+            Way::Region if self.pattern == Pattern::HalfWriting => self.write_region(),
+            Way::MmapRandom if self.pattern == Pattern::HalfWriting => self.write_mmap(),
+            Way::DirectReads => self.read_direct(),
             Way::Region => self.read_region(FileSource::open(&self.file)),
             Way::RegionDirect => {
                 let file = FileSource::open(&self.file).and_then(FileSource::direct);
@@ -128,8 +141,7 @@ impl ReadTask {
     }
 
     fn read_region(&self, file: Result<FileSource, Error>) -> Figures {
-        // Beside the budget, the cgroup holds the program, its tables, and a little of the page cache.
-        let budget = Budget::bytes(self.memory - (self.memory / 16).max(24 << 20)).expect("a budget");
+        let budget = self.budget();
         let pool = Pool::new().expect("a pool");
         let region = Region::builder()
             .chunk(file.expect("the file"))
@@ -140,39 +152,103 @@ impl ReadTask {
         let words = Words::of(&region);
         warm(&words, &trace.fill);
         warm(&words, &trace.settle);
+        self.figures(&region, &budget, || self.touch(&words, &trace))
+    }
+
+    fn write_region(&self) -> Figures {
+        let (budget, pool) = (self.budget(), Pool::new().expect("a pool"));
+        let file = WritableFile::open(&self.file).expect("the file");
+        let region = Region::builder()
+            .chunk(Chunk::writable(Arc::new(file)))
+            .budget(&budget)
+            .write_back(WriteBack::ToSource)
+            .build_shared(&pool)
+            .expect("a region");
+        let trace = self.trace(region.len() / PAGE);
+        let words = Words::of(&region);
+        warm(&words, &trace.fill);
+        self.figures(&region, &budget, || self.write(&words, &trace, || region.flush(..).expect("a flush")))
+    }
+
+    /// Beside the budget, the cgroup holds the program, its tables, and a little of the page cache.
+    fn budget(&self) -> Budget {
+        Budget::bytes(self.memory - (self.memory / 16).max(24 << 20)).expect("a budget")
+    }
+
+    /// The figures of touches of a region.
+    fn figures(&self, region: &SharedRegion, budget: &Budget, touch: impl FnOnce() -> (u64, u64)) -> Figures {
         let before = (region.metrics().pages_installed(), budget.metrics().soft_faults);
-        let (time, processor) = self.touch(&words, &trace);
+        let (ns, processor_ns) = touch();
         let (reads, soft) = (region.metrics().pages_installed(), budget.metrics().soft_faults);
-        let share = |count: u64| count as f64 / trace.touches.len() as f64;
-        Figures {
-            ns: time,
-            processor_ns: processor,
-            reads: share(reads - before.0),
-            soft_faults: Some(share(soft - before.1)),
-        }
+        let share =
+            |count: u64| count as f64 / self.pattern.touches(region.len() / PAGE, self.touches) as f64;
+        let (reads, soft_faults) = (share(reads - before.0), Some(share(soft - before.1)));
+        Figures { ns, processor_ns, reads, soft_faults }
+    }
+
+    /// Reads pages into a buffer, without a mapping.
+    fn read_direct(&self) -> Figures {
+        let file = DirectReads::open(&self.file).expect("the file");
+        let trace = self.trace(file.pages());
+        let (ns, processor_ns) = self.each_part(&trace, |part| file.are_right(part));
+        Figures { ns, processor_ns, reads: 1.0, soft_faults: None }
     }
 
     fn read_mmap(&self, advice: Advice) -> Figures {
-        let words = Words::mapped(&File::open(&self.file).expect("the file"));
+        let words = Words::mapped(&File::open(&self.file).expect("the file"), ProtFlags::PROT_READ);
         let trace = self.trace(words.pages());
         // With the kernel's readahead: it only fills memory.
         warm(&words, &trace.fill);
         words.advise(advice);
         warm(&words, &trace.settle);
-        let before = major_faults();
-        let (time, processor) = self.touch(&words, &trace);
-        let reads = (major_faults() - before) as f64 / trace.touches.len() as f64;
-        Figures { ns: time, processor_ns: processor, reads, soft_faults: None }
+        with_major_faults(&trace, || self.touch(&words, &trace))
+    }
+
+    fn write_mmap(&self) -> Figures {
+        let file = self.open_for_writes();
+        let words = Words::mapped(&file, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE);
+        let trace = self.trace(words.pages());
+        warm(&words, &trace.fill);
+        words.advise(Advice::Random);
+        with_major_faults(&trace, || self.write(&words, &trace, || words.sync()))
     }
 
     /// Touches the pages of a trace; returns the time and the processor time in nanoseconds.
     fn touch(&self, words: &Words<'_>, trace: &Trace) -> (u64, u64) {
+        let is_right = |&page: &u32| words.are_right(page as usize, self.pattern);
+        self.each_part(trace, |part| part.iter().all(is_right))
+    }
+
+    /// Calls `read` with each thread's part of a trace; returns the time and the processor time in nanoseconds.
+    fn each_part(&self, trace: &Trace, read: impl Fn(&[u32]) -> bool + Sync) -> (u64, u64) {
         let parts: Vec<&[u32]> = parts(&trace.touches, self.threads, 1).collect();
         let before = processor_time();
-        let read = |part: &[u32]| part.iter().all(|&page| words.are_right(page as usize, self.pattern));
         let (sample, right) = at_once((0, 0), &[], parts, read);
         assert!(right.into_iter().all(|right| right), "a page has other bytes than the file");
         (sample.time.as_nanos() as u64, (processor_time() - before).as_nanos() as u64)
+    }
+
+    /// Touches the pages of a trace, writes to every other one, and has `flush` bring the written pages to the
+    /// disk; returns the time of both, and the processor time. Compares the file afterwards.
+    fn write(&self, words: &Words<'_>, trace: &Trace, flush: impl FnOnce()) -> (u64, u64) {
+        let parts = parts(&trace.touches, self.threads, 1).enumerate().collect();
+        let touch = |(thread, part): (usize, &[u32])| {
+            let mut writer = Writer::new(thread);
+            (writer.touch(words, part), writer)
+        };
+        let before = processor_time();
+        let (sample, ended) = at_once((0, 0), &[], parts, touch);
+        let (flushing, ()) = timed(flush);
+        let processor = processor_time() - before;
+        let (right, writers): (Vec<bool>, Vec<Writer>) = ended.into_iter().unzip();
+        assert!(right.into_iter().all(|right| right), "a page has other bytes than were written");
+        let is_in_file = check_and_restore(&self.open_for_writes(), &writers).expect("the file");
+        assert!(is_in_file, "the file has other bytes than were written");
+        (sample.time.as_nanos() as u64 + flushing, processor.as_nanos() as u64)
+    }
+
+    fn open_for_writes(&self) -> File {
+        File::options().read(true).write(true).open(&self.file).expect("the file")
     }
 }
 
@@ -183,6 +259,25 @@ fn warm(words: &Words<'_>, pages: &[u32]) {
         part.iter().all(|&page| words.are_right(page as usize, Pattern::Random))
     });
     assert!(right.into_iter().all(|right| right), "a page has other bytes than the file");
+}
+
+/// The figures of touches of a mapping.
+fn with_major_faults(trace: &Trace, touch: impl FnOnce() -> (u64, u64)) -> Figures {
+    let before = major_faults();
+    let (ns, processor_ns) = touch();
+    let reads = (major_faults() - before) as f64 / trace.touches.len() as f64;
+    Figures { ns, processor_ns, reads, soft_faults: None }
+}
+
+/// True if written pages of a region with a budget can go back to their source on this kernel.
+pub(crate) fn has_write_back() -> bool {
+    let budget = Budget::bytes(64 << 20).expect("a budget");
+    let chunk = Chunk::writable(Arc::new(Mutex::new(vec![0; PAGE])));
+    let region = Region::builder().chunk(chunk).budget(&budget).write_back(WriteBack::ToSource);
+    match region.build_shared(&Pool::new().expect("a pool")) {
+        Err(error) if error.kind() == ErrorKind::Unsupported => false,
+        built => built.map(|_| true).expect("a region"),
+    }
 }
 
 /// The faults of this process that have waited for the disk.
@@ -207,3 +302,30 @@ const BLOCK: usize = 256;
 /// The threads that fill the memory of a reader before the measurement.
 const WARMERS: usize = 16;
 const TASK_VARIABLE: &str = "PAGESTITCH_BENCH_READER";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use std::os::fd::AsRawFd;
+
+    /// The file is larger than the budget, so that written pages leave during the run.
+    #[test]
+    fn writers_of_a_region_and_of_a_mapping_leave_the_bytes_of_the_file() {
+        const PAGES: usize = 12 << 10;
+        let mut file = File::from(memfd_create("pages", MFdFlags::MFD_CLOEXEC).unwrap());
+        write_pages(&mut file, PAGES).unwrap();
+        for way in [Way::MmapRandom, Way::Region] {
+            if way == Way::Region && !has_write_back() {
+                continue;
+            }
+            let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+            let (pattern, touches, threads) = (Pattern::HalfWriting, 3000, 3);
+            let task = ReadTask { way, file: path, pattern, touches, threads, seed: 1, memory: 40 << 20 };
+            let figures = if way == Way::Region { task.write_region() } else { task.write_mmap() };
+            assert!(figures.ns > 0 && figures.reads <= 1.0, "{figures:?}");
+            let words = Words::mapped(&file, ProtFlags::PROT_READ);
+            assert!((0..PAGES).all(|page| words.are_right(page, Pattern::Sequential)));
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! The order in which pages are touched.
 
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// The pattern of the touches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,6 +14,10 @@ pub(crate) enum Pattern {
     ScanAndHotSet,
     /// All words of all pages once, in order.
     Sequential,
+    /// Pages that are not in memory, in any order, each once.
+    Misses,
+    /// Any page, all alike; every other touch writes too.
+    HalfWriting,
 }
 
 /// The touches of a run, as page numbers.
@@ -33,6 +38,8 @@ impl Pattern {
             Self::Zipf => "zipf",
             Self::ScanAndHotSet => "scan + hot set",
             Self::Sequential => "sequential",
+            Self::Misses => "misses",
+            Self::HalfWriting => "half writing",
         }
     }
 
@@ -56,14 +63,28 @@ impl Trace {
         if pattern == Pattern::Sequential {
             return Self { fill: Vec::new(), settle: Vec::new(), touches: (0..pages as u32).collect() };
         }
+        // A little more than memory holds, so that pages leave from the first measured touch on.
+        let filling = (resident + resident / 8).min(pages);
+        let fill = (0..filling as u32).collect();
+        if pattern == Pattern::Misses {
+            return Self { fill, settle: Vec::new(), touches: misses(filling..pages, touches, seed) };
+        }
         let mut draw =
             Draw { pattern, pages, scanned: pages / 2, count: 0, random: fastrand::Rng::with_seed(seed) };
-        // A little more than memory holds, so that pages leave from the first measured touch on.
-        let fill = (0..(resident + resident / 8).min(pages) as u32).collect();
-        let settling = if pattern == Pattern::Random { 0 } else { pages / 4 };
+        let is_uniform = matches!(pattern, Pattern::Random | Pattern::HalfWriting);
+        let settling = if is_uniform { 0 } else { pages / 4 };
         let settle = (0..settling).map(|_| draw.page()).collect();
         Self { fill, settle, touches: (0..touches).map(|_| draw.page()).collect() }
     }
+}
+
+/// So many of the pages, in any order, each once.
+fn misses(pages: Range<usize>, touches: usize, seed: u64) -> Vec<u32> {
+    let mut all: Vec<u32> = pages.map(|page| page as u32).collect();
+    assert!(all.len() >= touches, "more misses than pages that are not in memory");
+    fastrand::Rng::with_seed(seed).shuffle(&mut all);
+    all.truncate(touches);
+    all
 }
 
 struct Draw {
@@ -79,7 +100,7 @@ impl Draw {
     fn page(&mut self) -> u32 {
         self.count += 1;
         let page = match self.pattern {
-            Pattern::Random => self.random.usize(..self.pages),
+            Pattern::Random | Pattern::HalfWriting => self.random.usize(..self.pages),
             Pattern::ScanAndHotSet if self.count.is_multiple_of(2) => self.scan(),
             _ => self.zipf(),
         };
@@ -107,6 +128,18 @@ const SPREAD: usize = 2_654_435_761;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_miss_touches_a_page_that_no_touch_before_has_brought() {
+        let trace = Trace::new(Pattern::Misses, (4096, 1024), 2000, 1);
+        let mut all = trace.fill;
+        all.extend(&trace.touches);
+        let touched = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!((all.len(), trace.touches.len()), (touched, 2000));
+        assert!(!trace.touches.is_sorted());
+    }
 
     #[test]
     fn few_pages_have_most_touches_of_zipf_and_none_is_outside() {

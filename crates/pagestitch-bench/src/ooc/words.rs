@@ -3,7 +3,7 @@
 use super::trace::Pattern;
 use crate::systems::PAGE;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, MsFlags, ProtFlags, madvise, mmap, msync, munmap};
 use pagestitch::SharedRegion;
 use std::fs::File;
 use std::marker::PhantomData;
@@ -40,12 +40,12 @@ impl<'r> Words<'r> {
 }
 
 impl Words<'_> {
-    pub(super) fn mapped(file: &File) -> Self {
+    pub(super) fn mapped(file: &File, protection: ProtFlags) -> Self {
         let bytes = file.metadata().expect("a file").len() as usize;
         let length = NonZeroUsize::new(bytes).expect("bytes");
         // SAFETY: a new mapping, where the kernel chooses.
         #[expect(unsafe_code, reason = "mmap")]
-        let start = unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, 0) };
+        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0) };
         let start = start.expect("a mapping").cast();
         Self { start, pages: bytes / PAGE, is_mapped: true, region: PhantomData }
     }
@@ -78,11 +78,44 @@ impl Words<'_> {
         }
     }
 
+    /// The word `word` of a page, which another thread may write meanwhile.
+    pub(super) fn word(&self, page: u32, word: usize) -> u64 {
+        let place = self.place(page, word);
+        // SAFETY: the word is inside of the memory, which lives as long as `self`.
+        #[expect(unsafe_code, reason = "a read of mapped memory")]
+        unsafe {
+            place.read_volatile()
+        }
+    }
+
+    /// Writes the word `word` of a page of writable memory. No other thread reads or writes this word.
+    pub(super) fn write(&self, page: u32, word: usize, value: u64) {
+        let place = self.place(page, word);
+        // SAFETY: the word is inside of the memory, which lives as long as `self`, and is writable.
+        #[expect(unsafe_code, reason = "a write to mapped memory")]
+        unsafe {
+            place.write_volatile(value);
+        }
+    }
+
+    fn place(&self, page: u32, word: usize) -> *mut u64 {
+        assert!((page as usize) < self.pages && word < WORDS);
+        self.start.as_ptr().wrapping_add(page as usize * WORDS + word)
+    }
+
+    /// Writes the written pages of a mapping to the disk.
+    pub(super) fn sync(&self) {
+        // SAFETY: the mapping is this value's, and the call changes no byte.
+        #[expect(unsafe_code, reason = "msync")]
+        let synced = unsafe { msync(self.start.cast(), self.pages * PAGE, MsFlags::MS_SYNC) };
+        synced.expect("a disk that takes the pages");
+    }
+
     fn of_page(&self, page: usize) -> &[u64] {
         assert!(page < self.pages);
         let start = self.start.as_ptr().cast_const().wrapping_add(page * WORDS);
-        // SAFETY: the page is inside of the memory, which lives as long as `self`. No process writes to
-        // the file, so a page that leaves comes back with the same bytes.
+        // SAFETY: the page is inside of the memory, which lives as long as `self`. No thread writes to the
+        // memory of a reader, and no process to the file meanwhile, so a page that leaves comes back with the same bytes.
         #[expect(unsafe_code, reason = "a slice of mapped memory")]
         unsafe {
             slice::from_raw_parts(start, WORDS)
@@ -90,8 +123,8 @@ impl Words<'_> {
     }
 }
 
-// SAFETY: the memory is only read.
-#[expect(unsafe_code, reason = "a pointer to memory that is only read")]
+// SAFETY: the memory is only read, or each word is written by one thread, which `write` demands.
+#[expect(unsafe_code, reason = "a pointer to memory of several threads")]
 unsafe impl Sync for Words<'_> {}
 
 impl Drop for Words<'_> {

@@ -184,7 +184,7 @@ pub static ALL: [Workload; 16] = [
     },
     Workload {
         name: "ooc",
-        about: "reading more than memory holds: 2 GiB of chunks in 512 MiB, and a file of 4 GiB on a disk in a cgroup of 1 GiB (as root, or where cgroups can be made)",
+        about: "reading and writing more than memory holds: 2 GiB of chunks in 512 MiB, and a file of 4 GiB on a disk in a cgroup of 1 GiB (as root, or where cgroups can be made)",
         curves: &[],
         takes_threads: false,
         cases: ooc::cases,

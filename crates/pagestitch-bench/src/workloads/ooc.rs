@@ -3,12 +3,21 @@
 //! | from | systems | memory |
 //! |---|---|---|
 //! | memory | a region with a budget, of a pool or inline; a plain handler that drops its oldest page; without a limit | a quarter, of the region |
-//! | a file | a region with a budget; `mmap` | a quarter, of a cgroup with the whole process and its page cache |
+//! | a file | a region with a budget; `mmap`; plain reads around the page cache | a quarter, of a cgroup with the whole process and its page cache |
+//!
+//! | at | a touch |
+//! |---|---|
+//! | random, zipf, scan + hot set | reads a page |
+//! | sequential | reads all words of a page |
+//! | misses | reads a page that is not in memory, so that touches a second are misses a second |
+//! | half writing | reads a page; every other one writes too, and the time has that of the flush |
+//!
+//! Each read compares bytes. After a run that writes, all bytes of the written pages are compared in the file.
 
 use crate::affinity::allowed;
 use crate::case::{Case, Options, Sample};
 use crate::measure::warm;
-use crate::ooc::{Pattern, ReadTask, Trace, Way, has_cgroups, measure, write_pages};
+use crate::ooc::{Pattern, ReadTask, Trace, Way, has_cgroups, has_write_back, measure, write_pages};
 use crate::systems::{CHUNK, Data, PAGE, sum};
 use crate::team::at_once;
 use nix::fcntl::OFlag;
@@ -111,13 +120,15 @@ fn from_file(options: &Options) -> Vec<Case> {
     let Some(file) = DiskFile::new(bytes).filter(|_| has_cgroups()) else { return Vec::new() };
     let file = Arc::new(file);
     let mut cases = Vec::new();
+    // Fewer touches by 16 threads end before the disk is busy.
+    let touches = options.size(40_000).max(10_000);
     for (pattern, threads) in FILE_POINTS {
+        if pattern == Pattern::HalfWriting && !has_write_back() {
+            continue;
+        }
         let baselines = baselines(pattern);
-        for &(system, way) in [("pool, budget", Way::Region), ("pool, budget, direct", Way::RegionDirect)]
-            .iter()
-            .chain(baselines)
-        {
-            let (file, touches) = (Arc::clone(&file), options.size(40_000));
+        for &(system, way) in regions(pattern).iter().chain(baselines) {
+            let file = Arc::clone(&file);
             let run = move |seed| {
                 let memory = (bytes / QUARTER) as u64;
                 let task = ReadTask { way, file: file.path(), pattern, touches, threads, seed, memory };
@@ -134,11 +145,23 @@ fn from_file(options: &Options) -> Vec<Case> {
     cases
 }
 
-/// The ways of `mmap` that suit a pattern. Without advice, random reads of a file read much more than
+/// The regions that suit a pattern.
+const fn regions(pattern: Pattern) -> &'static [(&'static str, Way)] {
+    match pattern {
+        Pattern::Misses => &[("pool, budget, direct", Way::RegionDirect)],
+        Pattern::HalfWriting => &[("pool, budget", Way::Region)],
+        _ => &[("pool, budget", Way::Region), ("pool, budget, direct", Way::RegionDirect)],
+    }
+}
+
+/// The other ways to the bytes that suit a pattern. Without advice, random reads of a file read much more than
 /// they touch, and take a hundred times as long.
 const fn baselines(pattern: Pattern) -> &'static [(&'static str, Way)] {
     match pattern {
-        Pattern::Random | Pattern::Zipf | Pattern::ScanAndHotSet => &[("mmap, MADV_RANDOM", Way::MmapRandom)],
+        Pattern::Random | Pattern::Zipf | Pattern::ScanAndHotSet | Pattern::HalfWriting => {
+            &[("mmap, MADV_RANDOM", Way::MmapRandom)]
+        }
+        Pattern::Misses => &[("O_DIRECT reads", Way::DirectReads), ("mmap, MADV_RANDOM", Way::MmapRandom)],
         Pattern::Sequential => &[("mmap", Way::Mmap), ("mmap, MADV_SEQUENTIAL", Way::MmapSequential)],
     }
 }
@@ -163,13 +186,17 @@ impl DiskFile {
 }
 
 const PATTERNS: [Pattern; 4] = [Pattern::Random, Pattern::Zipf, Pattern::ScanAndHotSet, Pattern::Sequential];
-const FILE_POINTS: [(Pattern, usize); 6] = [
+const FILE_POINTS: [(Pattern, usize); 10] = [
     (Pattern::Random, 1),
     (Pattern::Random, 16),
     (Pattern::Zipf, 1),
     (Pattern::Zipf, 16),
     (Pattern::ScanAndHotSet, 1),
     (Pattern::Sequential, 1),
+    (Pattern::Misses, 1),
+    (Pattern::Misses, 16),
+    (Pattern::HalfWriting, 1),
+    (Pattern::HalfWriting, 16),
 ];
 const FIFO: &str = "plain handler, FIFO";
 const UNLIMITED: &str = "pool, no budget";
