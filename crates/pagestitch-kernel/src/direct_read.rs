@@ -51,14 +51,27 @@ impl DirectFile {
         Ok(direct)
     }
 
+    /// True if the disk can write the bytes from `offset` on to `into` without a copy.
+    ///
+    /// ```no_run
+    /// # use pagestitch_kernel::direct_read::DirectFile;
+    /// # let direct = DirectFile::reopen(&std::fs::File::open("/proc/self/exe")?)?;
+    /// assert!(!direct.is_aligned(1, &[0; 3]));
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    #[must_use]
+    pub fn is_aligned(&self, offset: u64, into: &[u8]) -> bool {
+        let whole = |number: usize| number % self.align == 0;
+        whole(into.as_ptr().addr()) && whole(into.len()) && whole(offset as usize)
+    }
+
     /// Fills all of `into` with the bytes from `offset` on.
     ///
     /// # Errors
     ///
     /// The errors of `pread(2)`; [`io::ErrorKind::UnexpectedEof`] if the file ends before.
     pub fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let whole = |number: usize| number % self.align == 0;
-        if whole(into.as_ptr().addr()) && whole(into.len()) && whole(offset as usize) {
+        if self.is_aligned(offset, into) {
             return self.file.read_exact_at(into, offset);
         }
         let (mut block, mut done) = (Block::new(), 0);

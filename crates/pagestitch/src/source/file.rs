@@ -80,11 +80,11 @@ impl FileSource {
     /// Reads around the page cache, so that bytes in a region take no memory twice: for files larger than
     /// memory, most of all in a region with a [`budget`](crate::Builder::budget).
     ///
-    /// Reads of few pages go to the disk at once (`O_DIRECT`). A touch of a page then waits for the disk,
-    /// also if the page was read before, unless the region has it. Long reads, ahead of a sequential
-    /// reader for example, pass through the page cache without staying there (`RWF_DONTCACHE`, Linux 6.14;
-    /// through the page cache as usual before). So do all reads of a region that is served
-    /// [`Inline`](crate::Inline), as usual.
+    /// Reads of few pages, and of a MiB or more ahead of a sequential reader, go to the disk at once
+    /// (`O_DIRECT`). A touch of a page then waits for the disk, also if the page was read before, unless the
+    /// region has it. Reads between, and long ones that do not begin and end with a block of the disk, pass
+    /// through the page cache without staying there (`RWF_DONTCACHE`, Linux 6.14; through the page cache as
+    /// usual before). Reads of a region that is served [`Inline`](crate::Inline) pass through it as usual.
     ///
     /// # Errors
     ///
@@ -198,7 +198,7 @@ impl Source for FileSource {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         match &self.direct {
             None => read_exact(&self.file, offset, into),
-            Some(direct) if into.len() <= DIRECT_MAX => {
+            Some(direct) if into.len() <= DIRECT_MAX || is_block(direct, offset, into) => {
                 direct.read_exact_at(offset, into).map_err(|error| of_end(error, offset, into.len()))
             }
             Some(_) => self.read_uncached(offset, into),
@@ -226,12 +226,43 @@ fn of_end(error: io::Error, offset: u64, bytes: usize) -> io::Error {
     }
 }
 
-/// The most bytes of a read that goes around the page cache: longer ones take less time through it.
+/// True for a read of a block that the disk writes to memory without a copy.
+fn is_block(direct: &DirectFile, offset: u64, into: &[u8]) -> bool {
+    into.len() >= BLOCK_MIN && direct.is_aligned(offset, into)
+}
+
+/// The most bytes of a short read that goes around the page cache: longer ones take less time through it,
+/// because the kernel reads ahead.
 const DIRECT_MAX: usize = 64 << 10;
+/// The least bytes of a long read that goes around the page cache: the disk is busy for so long that a copy
+/// of the bytes takes more time than the kernel's readahead saves.
+const BLOCK_MIN: usize = 1 << 20;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no direct reads")]
+    fn direct_reads_of_any_length_have_the_bytes_of_the_file() {
+        let path = std::env::temp_dir().join(format!("pagestitch-direct-{}", std::process::id()));
+        let bytes: Vec<u8> = (0..3 << 20).map(|at: u32| (at.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect();
+        fs::write(&path, &bytes).unwrap();
+        let direct = FileSource::open(&path).unwrap().direct();
+        fs::remove_file(&path).unwrap();
+        // Not on each file system.
+        let Ok(direct) = direct else { return };
+        let mut room = vec![0; (2 << 20) + 8192];
+        let aligned = room.as_ptr().align_offset(4096);
+        for (offset, length) in
+            [(0, 2 << 20), (4096, 1 << 20), (8192, 256 << 10), (4096, 4096), (1, 2 << 20), (7, 100)]
+        {
+            for start in [aligned, aligned + 1] {
+                direct.read_at(offset as u64, &mut room[start..][..length]).unwrap();
+                assert!(room[start..][..length] == bytes[offset..][..length], "{length} bytes at {offset}");
+            }
+        }
+    }
 
     /// The kernel reads a part of the last page, and tells the end of the file there.
     #[test]
