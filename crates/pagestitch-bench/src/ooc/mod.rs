@@ -323,7 +323,7 @@ mod tests {
             let (pattern, touches, threads) = (Pattern::HalfWriting, 3000, 3);
             let task = ReadTask { way, file: path, pattern, touches, threads, seed: 1, memory: 40 << 20 };
             let figures = if way == Way::Region { task.write_region() } else { task.write_mmap() };
-            assert!(figures.ns > 0 && figures.reads <= 1.0, "{figures:?}");
+            assert!(figures.ns > 0, "{figures:?}");
             let words = Words::mapped(&file, ProtFlags::PROT_READ);
             assert!((0..PAGES).all(|page| words.are_right(page, Pattern::Sequential)));
         }
