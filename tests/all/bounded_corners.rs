@@ -280,7 +280,8 @@ fn a_signal_handler_reads_the_written_bytes_of_a_page_that_its_thread_is_filling
         ADDRESS.store(word(&region, 10).as_ptr().expose_provenance(), Ordering::SeqCst);
         handle_user_signal(handler);
         scope(|scope| {
-            scope.spawn(|| region.evict(10 * PAGE as u64..11 * PAGE as u64).unwrap());
+            // A page whose fill has not ended stays.
+            scope.spawn(|| until(|| region.evict(10 * PAGE as u64..11 * PAGE as u64).unwrap() > 0));
             until(|| source.writes.load(Ordering::SeqCst) > 0);
             scope.spawn(|| {
                 region.populate(..20 * PAGE as u64).unwrap();

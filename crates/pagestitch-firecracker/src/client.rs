@@ -166,10 +166,20 @@ impl Client {
     /// Reads the data of the client.
     fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         let mut buffer = vec![0; 16 << 10];
-        self.room.free(self.room.len().saturating_sub(1));
+        let room = self.room.len();
+        self.room.free(room.saturating_sub(1));
         match fd_passing::receive_all(&self.stream, &mut buffer) {
-            Ok(received) => self.handshake.take(&buffer[..received.bytes], received),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Ok(received) => {
+                if received.fds.is_empty() && !received.cut {
+                    // The userfaultfd comes with later bytes.
+                    self.room.refill(room, &self.stream);
+                }
+                self.handshake.take(&buffer[..received.bytes], received)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.room.refill(room, &self.stream);
+                Ok(None)
+            }
             Err(error) => Err(error.into()),
         }
     }

@@ -10,8 +10,15 @@ pub(crate) struct DescriptorRoom(Vec<OwnedFd>);
 impl DescriptorRoom {
     /// Keeps `count` descriptors free. `None` if the process has fewer left.
     pub(crate) fn keep(count: usize, any: &impl AsFd) -> Option<Self> {
-        let duplicate = |_| any.as_fd().try_clone_to_owned().ok();
-        (0..count).map(duplicate).collect::<Option<_>>().map(Self)
+        let mut room = Self::default();
+        room.refill(count, any).then_some(room)
+    }
+
+    /// Keeps `count` descriptors free again. False if the process has fewer left.
+    pub(crate) fn refill(&mut self, count: usize, any: &impl AsFd) -> bool {
+        let missing = self.0.len()..count;
+        self.0.extend(missing.map_while(|_| any.as_fd().try_clone_to_owned().ok()));
+        self.0.len() >= count
     }
 
     /// The number of descriptors.

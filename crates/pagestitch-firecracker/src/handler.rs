@@ -187,21 +187,22 @@ impl Handler {
     /// Accepts a few clients, each with room for the descriptors of its guest.
     fn accept(&mut self) {
         for _ in 0..MAX_ACCEPTS_PER_TURN {
-            let Some(mut room) = DescriptorRoom::keep(DESCRIPTORS_PER_GUEST, &self.shutdown) else {
-                return self.pause_accepting(&Errno::EMFILE.into());
-            };
-            self.accept_paused_until = None;
             let Some(socket) = &self.socket else { return };
-            room.free(DESCRIPTORS_PER_CLIENT);
-            match socket.accept() {
-                Ok(stream) => {
-                    self.clients.push(Client::new(stream, room, self.settings.handshake_timeout));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            match self.accept_from(socket) {
+                Ok(client) => self.clients.push(client),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return self.pause_accepting(&error),
             }
             self.refuse_excess();
         }
+        self.accept_paused_until = None;
+    }
+
+    fn accept_from(&self, socket: &Socket) -> io::Result<Client> {
+        let room = DescriptorRoom::keep(DESCRIPTORS_PER_GUEST, &self.shutdown);
+        let mut room = room.ok_or(Errno::EMFILE)?;
+        room.free(DESCRIPTORS_PER_CLIENT);
+        Ok(Client::new(socket.accept()?, room, self.settings.handshake_timeout))
     }
 
     /// Leaves connections in the backlog until guests have ended. A guest whose descriptor does not
@@ -355,11 +356,8 @@ impl Handler {
         let Some(socket) = self.socket.take() else { return };
         socket.close();
         while !socket.is_inherited() {
-            match socket.accept() {
-                Ok(stream) => {
-                    let timeout = self.settings.handshake_timeout;
-                    self.clients.push(Client::new(stream, DescriptorRoom::default(), timeout));
-                }
+            match self.accept_from(&socket) {
+                Ok(client) => self.clients.push(client),
                 Err(error)
                     if matches!(error.raw_os_error(), Some(nix::libc::EINTR | nix::libc::ECONNABORTED)) => {}
                 Err(_) => break,

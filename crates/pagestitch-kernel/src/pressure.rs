@@ -43,7 +43,14 @@ impl PressureTrigger {
     pub fn open() -> io::Result<Self> {
         let cgroup = own_cgroup(Path::new("/")).map(|folder| folder.join("memory.pressure"));
         let files = cgroup.into_iter().chain([PathBuf::from("/proc/pressure/memory")]);
-        files.map(|file| Self::at(&file)).reduce(io::Result::or).expect("there is a file of the machine")
+        let mut refused = io::ErrorKind::NotFound.into();
+        for file in files {
+            match Self::at(&file) {
+                Ok(trigger) => return Ok(trigger),
+                Err(error) => refused = error,
+            }
+        }
+        Err(refused)
     }
 
     fn at(path: &Path) -> io::Result<Self> {
@@ -75,11 +82,12 @@ fn wait(trigger: BorrowedFd<'_>, stop: BorrowedFd<'_>, limit: Option<Duration>) 
         }
     }
     let [trigger, woken] = fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
-    if !woken.is_empty() {
+    if woken.contains(PollFlags::POLLIN) {
         let _ = read(stop, &mut [0; 8]);
         return Pressure::Woken;
     }
-    if trigger.contains(PollFlags::POLLERR) { Pressure::Ended } else { Pressure::Stalled }
+    // A descriptor that the process has closed meanwhile would be ready for ever.
+    if trigger == PollFlags::POLLPRI { Pressure::Stalled } else { Pressure::Ended }
 }
 
 /// 100 ms in which a task waits for memory, in a window of 2 s.

@@ -297,15 +297,21 @@ impl Region {
         /// A page stays for as long as it takes to fill a large part of the budget.
         const TRIES: u32 = 100;
         self.any.inside_of(offset, into.len())?;
-        let (mut done, mut tries) = (0, 1);
+        let page = self.any.served.page_size().bytes();
+        let (mut done, mut size, mut tries) = (0, PART, 1);
         while done < into.len() {
-            let (start, end) = (offset + done as u64, into.len().min(done + PART));
+            let (start, end) = (offset + done as u64, into.len().min(done + size));
             let part = &mut into[done..end];
             let range = self.any.filled(start, part.len())?;
             match self.view.read_at(start, part) {
                 Ok(()) => (done, tries) = (end, 1),
                 // Where only faults of user code are served, the kernel does not wait for a page that has left.
-                Err(Errno::EFAULT) if tries < TRIES => tries += 1,
+                // Other threads that read as much may take these pages away before all of them are there.
+                Err(Errno::EFAULT) if size > page => size = page.max(size / 2),
+                Err(Errno::EFAULT) if tries < TRIES => {
+                    tries += 1;
+                    std::thread::yield_now();
+                }
                 // The kernel copies for no process here.
                 Err(Errno::EPERM | Errno::ENOSYS) => {
                     part.copy_from_slice(&self.as_slice()[range.start as usize..range.end as usize]);

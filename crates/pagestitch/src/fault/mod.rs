@@ -123,7 +123,7 @@ fn in_budget<F: Filler>(
     let (range, writes) = (region.target.addresses(claim.span().prefix(1)), filler.writes());
     // A signal handler that touches a page of its thread's claim must find the written bytes either in
     // standby or in the region.
-    let fills_itself = callers::fills_itself(region, claim.span().first) && region.written_back().is_some();
+    let fills_itself = region.written_back().is_some() && callers::fills_itself(region, claim.span().first);
     let prepared = match fills_itself {
         true => without_handlers(|| residence.prepare(claim, range, region.uffd.of(range), writes)),
         false => residence.prepare(claim, range, region.uffd.of(range), writes),

@@ -79,7 +79,7 @@ impl State {
     fn drop_block(&self, first: PageKey) -> bool {
         let mut dropped = 0;
         self.each_region(&[first], |share, _| {
-            if let Some(share) = share {
+            if let Some(share) = share.filter(|share| share.has(Page(page_of(first).0 + BLOCK_PAGES - 1))) {
                 share.enter(&mut |region| dropped += share.drop_span(region, block_at(first)));
             }
         });
@@ -149,6 +149,8 @@ impl State {
         for group in victims.chunk_by(|one, two| member_of(*one) == member_of(*two)) {
             let members = self.members.read();
             let share = members.value().and_then(|members| members.get(member_of(group[0]))?.as_ref());
+            let has_all = |share: &&Arc<Share>| group.iter().all(|page| share.has(page_of(*page)));
+            let share = share.filter(has_all);
             match share {
                 // A region that joins or ends must not wait for the write of a page.
                 Some(share) if share.dirty.is_some() => {
@@ -177,6 +179,12 @@ impl Standby {
 }
 
 impl Share {
+    /// False for pages of an ended region that was longer and had the number of this one: a thread chooses
+    /// pages before it enters their region.
+    pub(super) fn has(&self, page: Page) -> bool {
+        page.0 < self.evictable.reservation().pages()
+    }
+
     /// Moves pages, in the order of their addresses, to taken slots from `first` on; writes dirty ones to
     /// their sources. Returns the number of pages that have moved.
     fn move_out(&self, region: &Mapping, standby: &Standby, pages: &[PageKey], first: usize) -> usize {

@@ -18,7 +18,7 @@ use crate::policy::PageKey;
 use crate::reclaim::evict::{block_at, leading_run};
 use crate::reclaim::share::{Quiet, Share, State, TRIES};
 use crate::reclaim::slots::Emptying;
-use crate::reclaim::state::{BATCH, Chooser, Standby, member_of};
+use crate::reclaim::state::{BATCH, Chooser, Standby, member_of, page_of};
 use crate::space::Mapping;
 use pagestitch_kernel::Span;
 use pagestitch_kernel::sync::atomic::Ordering;
@@ -43,6 +43,10 @@ impl State {
 
     /// As [`Residence::tidy_in_handler`](crate::space::Residence::tidy_in_handler).
     pub(super) fn tidy_in_handler(&self) {
+        if !self.is_full() {
+            // A handler that found no room did without it.
+            self.permits.store(0, Ordering::SeqCst);
+        }
         if self.is_due() {
             if let Some(chooser) = self.try_choose() {
                 self.take_away_few(chooser, Need::Later);
@@ -160,7 +164,7 @@ impl State {
         let mut moved = None;
         let mut work =
             |share: &Share, region: &Mapping| moved = Some(share.move_few(region, standby, run, slot));
-        self.enter_region(first, &mut work);
+        self.enter_region(last_of(first, run), &mut work);
         let Some(moved) = moved else {
             // The region ends, and its pages with it.
             standby.skip(slot, run.pages);
@@ -172,15 +176,17 @@ impl State {
     #[inline(never)]
     fn drop_run(&self, first: PageKey, run: Span) -> usize {
         let mut dropped = 0;
-        self.enter_region(first, &mut |share, region| dropped = share.drop_span(region, run));
+        self.enter_region(last_of(first, run), &mut |share, region| dropped = share.drop_span(region, run));
         dropped
     }
 
-    /// Calls `work` with the region of a page, unless the region ends.
-    fn enter_region(&self, page: PageKey, work: &mut dyn FnMut(&Share, &Mapping)) {
+    /// Calls `work` with the region of a run of pages, of which the last one is given, unless the region ends.
+    fn enter_region(&self, last: PageKey, work: &mut dyn FnMut(&Share, &Mapping)) {
         let members = self.members.read();
-        if let Some(Some(share)) = members.value().and_then(|members| members.get(member_of(page))) {
-            share.enter(&mut |region| work(share, region));
+        if let Some(Some(share)) = members.value().and_then(|members| members.get(member_of(last))) {
+            if share.has(page_of(last)) {
+                share.enter(&mut |region| work(share, region));
+            }
         }
     }
 
@@ -216,7 +222,7 @@ impl Share {
 enum Need {
     /// The budget is used up.
     Now,
-    /// Some memory is to be free for the next faults.
+    /// The next faults need free memory.
     Later,
 }
 
@@ -229,6 +235,10 @@ struct Chosen {
     /// The first slot for the pages. `None`: they are dropped.
     slot: Option<usize>,
     victims: usize,
+}
+
+const fn last_of(first: PageKey, run: Span) -> PageKey {
+    first + run.pages as u64 - 1
 }
 
 /// Lets the thread with the right to choose run: it may need this CPU, or sleep.

@@ -163,6 +163,11 @@ impl Slots {
         self.state(slot) == modified(page)
     }
 
+    /// True if a thread brings the page of the slot back at this moment. Its attempt may end in vain.
+    pub(super) fn is_returning(&self, slot: usize, page: PageKey) -> bool {
+        self.state(slot) == returning(page)
+    }
+
     /// No page has moved to a taken slot.
     pub(super) fn skip(&self, slot: usize) {
         self.set(slot, HOLE);

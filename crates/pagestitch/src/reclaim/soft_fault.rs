@@ -26,6 +26,7 @@ pub(super) enum Return {
 
 impl Share {
     /// As [`Residence::prepare`](crate::space::Residence::prepare).
+    #[inline(always)] // a signal handler has a small stack
     pub(super) fn prepare(
         &self,
         claim: &mut Claim<'_>,
@@ -115,6 +116,7 @@ impl Share {
 
     /// Moves the page of a slot, or copies it: its frame may be pinned, or the memory of the region may be
     /// locked since, into which no unlocked page moves.
+    #[inline(always)] // a signal handler has a small stack
     fn move_back(
         &self,
         standby: &Standby,

@@ -93,7 +93,11 @@ impl Share {
             self.write_span(region, dirty, span, now, &mut |page, is_written| {
                 let slot = slots.next().expect("each page has a slot");
                 if is_written {
-                    standby.slots.written(slot, key_of(self.member, page));
+                    let page = key_of(self.member, page);
+                    // A return that ends in vain would leave a modified page that no thread writes.
+                    while !standby.slots.written(slot, page) && standby.slots.is_returning(slot, page) {
+                        thread::yield_now();
+                    }
                 } else {
                     self.put_back(region, dirty, standby, page, slot);
                 }
@@ -188,7 +192,8 @@ impl Share {
     fn put_back(&self, region: &Mapping, dirty: &DirtyPages, standby: &Standby, page: Page, slot: usize) {
         let quiet = Quiet(region);
         let range = region.target.addresses(page.span());
-        while standby.slots.is_modified(slot, key_of(self.member, page)) {
+        let key = key_of(self.member, page);
+        while standby.slots.is_modified(slot, key) || standby.slots.is_returning(slot, key) {
             // A touch brings it back otherwise.
             if let Ok(mut claim) = region.pages.claim(page, &quiet) {
                 let back = self.bring_back(page, slot, range, region.uffd.of(range), true);
