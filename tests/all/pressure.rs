@@ -48,7 +48,7 @@ fn a_share_of_a_cgroup_gives_memory_up_under_pressure() {
         let is_right = || region.as_slice().chunks(1 << 20).all(|bytes| bytes == part);
         assert!(is_right());
         if !press(|| budget.metrics().pressure_reports > 0) {
-            return println!("SKIPPED in part: the kernel reported no pressure");
+            return println!("SKIPPED in part: no folder on a disk, or the kernel reported no pressure");
         }
         assert!(is_right(), "the pages come back with their bytes");
         let metrics = budget.metrics();
@@ -68,9 +68,9 @@ fn a_share_of_a_cgroup_gives_memory_up_under_pressure() {
 }
 
 /// Reads a file again and again that does not fit beside the budget, until there is a report. False if there
-/// is none.
+/// is none, or if there is no folder for the file: memory files are no pressure.
 fn press(is_reported: impl Fn() -> bool) -> bool {
-    let mut file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let Ok(mut file) = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")) else { return false };
     let block = pattern(9, 1 << 20);
     (0..LIMIT >> 20).for_each(|_| file.write_all(&block).unwrap());
     file.sync_all().unwrap();
