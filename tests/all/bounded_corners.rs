@@ -63,6 +63,7 @@ struct Meddling {
     disk: Arc<Disk>,
     address: AtomicUsize,
     meddle: fn(*mut libc::c_void),
+    has_failed: AtomicBool,
     is_repaired: AtomicBool,
 }
 
@@ -82,6 +83,7 @@ impl WritableSource for Meddling {
             return self.disk.write_at(offset, bytes);
         }
         (self.meddle)(std::ptr::with_exposed_provenance_mut(self.address.load(Ordering::SeqCst)));
+        self.has_failed.store(true, Ordering::SeqCst);
         Err(io::Error::from_raw_os_error(libc::ENOSPC))
     }
 
@@ -97,12 +99,19 @@ fn evict_below(
 ) {
     let budget = Budget::bytes(BUDGET).unwrap();
     let (disk, address) = (Disk::of(vec![0; 4 * PAGE]), AtomicUsize::new(0));
-    let source = Arc::new(Meddling { disk, address, meddle, is_repaired: AtomicBool::new(false) });
+    let (has_failed, is_repaired) = (AtomicBool::new(false), AtomicBool::new(false));
+    let source = Arc::new(Meddling { disk, address, meddle, has_failed, is_repaired });
     let region = bounded(&budget, Chunk::writable(Arc::clone(&source)), 1);
     word(&region, 1).store(7, Ordering::SeqCst);
     source.address.store(word(&region, 1).as_ptr().expose_provenance(), Ordering::SeqCst);
     scope(|scope| {
-        scope.spawn(|| region.evict(PAGE as u64..2 * PAGE as u64).unwrap());
+        // A page whose fill has not ended stays.
+        scope.spawn(|| {
+            until(|| {
+                region.evict(PAGE as u64..2 * PAGE as u64).unwrap();
+                source.has_failed.load(Ordering::SeqCst)
+            });
+        });
     });
     check(&region, &source, &budget);
 }
