@@ -99,3 +99,36 @@ fn add<T>(entries: &AppendVec<T>, entry: T) {
 
 /// A layout that grows has room for at least as many more chunks.
 const GROWN_MIN: usize = 64;
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::space::layout::LayoutBuilder;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    /// A reader that looks at a table again may see another chunk.
+    #[test]
+    fn a_layout_has_a_length_and_chunks_while_others_are_appended() {
+        let mut built = LayoutBuilder::default();
+        built.push(Chunk::hole(100)).unwrap();
+        let mut layout = built.finish(false).unwrap();
+        // With room for thousands of chunks.
+        (0..8).for_each(|_| {
+            while layout.append(0, &Chunk::hole(1)) {}
+            layout = layout.grown(1 << 20);
+        });
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while layout.append(0, &Chunk::hole(1)) {}
+                is_over.store(true, Ordering::SeqCst);
+            });
+            while !is_over.load(Ordering::SeqCst) {
+                assert!(layout.total() >= 100);
+                assert_eq!(layout.chunks_in(&(0..100)), 0..1);
+                assert_eq!(layout.pieces(0..100).count(), 1);
+            }
+        });
+    }
+}
