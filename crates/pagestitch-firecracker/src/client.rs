@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 pub(crate) struct Client {
     stream: UnixStream,
     user: u32,
-    /// For the userfaultfd that the client sends, and for the build of its region.
+    /// For the userfaultfd that the client sends, and for the duplicate of it.
     room: DescriptorRoom,
     /// Opened when the connection was accepted.
     process: Result<Arc<Process>, Errno>,
@@ -84,9 +84,9 @@ impl Client {
         self.user
     }
 
-    /// Frees the descriptors for the build of its region.
-    pub(crate) fn free_descriptors(&mut self) {
-        self.room.free(self.room.len());
+    /// Frees the descriptor for the duplicate of its userfaultfd.
+    pub(crate) fn free_descriptor(&mut self) {
+        self.room.free(1);
     }
 
     pub(crate) fn into_stream(self) -> UnixStream {
@@ -167,7 +167,7 @@ impl Client {
     fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         let mut buffer = vec![0; 16 << 10];
         let room = self.room.len();
-        self.room.free(1);
+        self.room.free(room.saturating_sub(1));
         match fd_passing::receive_all(&self.stream, &mut buffer) {
             Ok(received) => {
                 if received.fds.is_empty() && !received.cut {

@@ -271,7 +271,7 @@ impl Handler {
         let user = client.user();
         let record = self.settings.record.is_some() && self.guests.iter().all(|guest| !guest.is_recorded());
         // A second descriptor, because a refusal needs the userfaultfd to poison the memory.
-        client.free_descriptors();
+        client.free_descriptor();
         let kept = uffd.try_clone();
         match self.service.serve(record, &owner, &mappings, uffd) {
             Ok(region) => {
@@ -452,8 +452,8 @@ fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
 const OWN_FDS: usize = 3;
 /// A client takes a connection and a pidfd.
 const DESCRIPTORS_PER_CLIENT: usize = 2;
-/// Its guest takes a userfaultfd too, and for a short time a duplicate of it and files of its process.
-const DESCRIPTORS_PER_GUEST: usize = DESCRIPTORS_PER_CLIENT + 4;
+/// Its guest takes a userfaultfd too, and a duplicate of it for a short time.
+const DESCRIPTORS_PER_GUEST: usize = DESCRIPTORS_PER_CLIENT + 2;
 /// The pause before another attempt to get descriptors or a thread.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// The most clients that are accepted in one turn.
