@@ -460,6 +460,7 @@ fn is_in_memory(region: &SharedRegion, page: usize) -> bool {
 
 /// The page is absent for the region, because the read of its thread fails, and was filled for a signal handler.
 #[test]
+#[cfg_attr(sanitized, ignore = "mlock(2) of the sanitizers' libraries does nothing")]
 fn a_locked_page_of_a_failed_read_leaves_after_its_lock() {
     static ADDRESS: AtomicUsize = AtomicUsize::new(0);
     #[expect(unsafe_code, reason = "a signal handler reads through a pointer")]

@@ -32,6 +32,7 @@ impl Drop for Cgroup {
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "memory of the sanitizer takes the whole cgroup")]
 fn a_share_of_a_cgroup_gives_memory_up_under_pressure() {
     let body = child::body(this_test!(), |folder| {
         let folder = Path::new(folder);
