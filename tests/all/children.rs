@@ -2,13 +2,13 @@
 //! sources.
 
 use crate::machine::rounds;
-use crate::{PAGE, SetOnDrop, cannot_inherit, discard, pattern, touch, until};
+use crate::{HANG, PAGE, SetOnDrop, cannot_inherit, discard, pattern, touch, until};
 use nix::sys::signal::Signal;
-use nix::unistd::{getpid, getppid};
-use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Readahead, Region, Source};
+use nix::unistd::getpid;
+use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Process, Readahead, Region, Source};
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scope::scope;
-use pagestitch_testkit::{child, this_test};
+use pagestitch_testkit::{child, this_test, wait};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -364,10 +364,9 @@ fn orphan(test: &str, folder: &Path, body: impl FnOnce(&Region) -> String) -> Op
         };
         let Some(region) = built(&pattern(7, 64 * PAGE)) else { return note("skipped", "") };
         assert_ne!(region.as_slice()[0], 0);
-        let parent = getpid();
         let child = forked(|| {
             note("child", &getpid().to_string());
-            until(|| getppid() != parent);
+            until(|| Path::new(folder).join("ended").exists());
             note("touches", "");
             note("said", &body(&region));
             0
@@ -377,7 +376,11 @@ fn orphan(test: &str, folder: &Path, body: impl FnOnce(&Region) -> String) -> Op
     until(|| ["child", "skipped"].iter().any(|name| folder.join(name).exists()));
     let child = fs::read_to_string(folder.join("child")).ok();
     if child.is_some() {
+        // Not the parent of its child, because that changes before the process has ended.
+        let process = Process::open(parent.id()).unwrap();
         parent.kill();
+        assert!(wait::readable(&process, HANG));
+        fs::write(folder.join("ended"), "").unwrap();
     } else {
         println!("SKIPPED {test}: children cannot be served here");
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// A running handler, its folder with the socket, and the events that it reported. Its drop stops
-/// it.
+/// it, and prints the events of a test that failed.
 pub(crate) struct RunningHandler {
     pub(crate) folder: TempDir,
     shutdown: ShutdownHandle,
@@ -154,7 +154,9 @@ impl Refusal {
 impl Drop for RunningHandler {
     fn drop(&mut self) {
         self.request_shutdown();
-        if !thread::panicking() {
+        if thread::panicking() {
+            self.events().iter().for_each(|event| eprintln!("{}", event.line));
+        } else {
             self.stop();
         }
     }

@@ -142,7 +142,7 @@ impl ReadTask {
 
     fn read_region(&self, file: Result<FileSource, Error>) -> Figures {
         let budget = self.budget();
-        let pool = Pool::new().expect("a pool");
+        let pool = self.pool();
         let region = Region::builder()
             .chunk(file.expect("the file"))
             .budget(&budget)
@@ -156,7 +156,7 @@ impl ReadTask {
     }
 
     fn write_region(&self) -> Figures {
-        let (budget, pool) = (self.budget(), Pool::new().expect("a pool"));
+        let (budget, pool) = (self.budget(), self.pool());
         let file = WritableFile::open(&self.file).expect("the file");
         let region = Region::builder()
             .chunk(Chunk::writable(Arc::new(file)))
@@ -168,6 +168,12 @@ impl ReadTask {
         let words = Words::of(&region);
         warm(&words, &trace.fill);
         self.figures(&region, &budget, || self.write(&words, &trace, || region.flush(..).expect("a flush")))
+    }
+
+    /// As many workers as readers, because each worker waits for the disk.
+    fn pool(&self) -> Pool {
+        let pool = Pool::builder();
+        if self.threads == 1 { pool } else { pool.workers(self.threads) }.start().expect("a pool")
     }
 
     /// Beside the budget, the cgroup holds the program, its tables, and a little of the page cache.

@@ -396,11 +396,11 @@ impl<S> Builder<S> {
     ///   region does nothing. When the parent drops the region, the pages that a child has not
     ///   touched are poisoned there: SIGBUS, never zeros.
     /// * **Parent killed**, or ended without dropping the region: touching an absent page in a
-    ///   child blocks until the child ends, and `read_at` and `populate` fail. To make this
+    ///   child blocks until the child ends, and later calls of `read_at` and `populate` fail. To make this
     ///   possible, children inherit a socket in which their userfaultfds are in flight. A child
     ///   that closes unknown descriptors (`close_range(2)`) reads zeros in that case, as does a
     ///   child that is being forked at the moment its parent is killed. A child that must not block
-    ///   has to watch for its parent's end itself (`getppid(2)`, or a pidfd).
+    ///   has to watch for its parent's end itself, by a pidfd: `getppid(2)` changes a moment before.
     /// * **Descriptors.** Each live child takes one descriptor of this process. The region takes
     ///   seven, and two more for each 128 children that live at the same time. A child that finds
     ///   none left (`ulimit -n`) gets its absent pages poisoned, which is logged; the region keeps
