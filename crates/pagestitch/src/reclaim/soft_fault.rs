@@ -92,29 +92,38 @@ impl Share {
             true => self.copy_back(standby, (slot, frame), (range, uffd), Arrival::Protected),
             false => self.move_back(standby, (slot, frame), (range, uffd)),
         };
-        match back {
-            Outcome::Done => {}
-            Outcome::Changing => {
+        let has_frame = match back {
+            Ok(left) => left == Left::Frame,
+            Err(Outcome::Changing) => {
                 standby.slots.cancel_return(slot, key, frame);
                 return Return::Changing;
             }
             // A modified page has its bytes nowhere else.
-            refused if frame == Frame::Modified => {
+            Err(refused) if frame == Frame::Modified => {
                 standby.slots.cancel_return(slot, key, frame);
                 let is_unmapped = refused == Outcome::NotRegistered;
                 return if is_unmapped { Return::Unmapped } else { Return::Changing };
             }
-            _ => {
+            Err(_) => {
                 standby.slots.abandon(slot);
                 return Return::Gone;
             }
+        };
+        // A thread that fills the page for a signal handler is not alone: the thread with the claim runs on once
+        // the page is there. It counts the page then, and may even evict it, but not to this slot.
+        match self.places.exchange(page, Place::Slot(slot as u32), Place::Resident) {
+            true => self.page_came(page, true),
+            false => self.state.release(1),
         }
-        self.places.set(page, Place::Resident);
-        self.page_came(page, true);
+        if has_frame {
+            standby.slots.abandon(slot)
+        } else {
+            standby.slots.returned(slot)
+        }
         Return::Done
     }
 
-    /// Moves the page of a slot, or copies it: its frame may be pinned, or the memory of the region may be
+    /// Moves the page of a slot to its region, or copies it: its frame may be pinned, or the memory of the region may be
     /// locked since, into which no unlocked page moves.
     #[inline(always)] // a signal handler has a small stack
     fn move_back(
@@ -122,25 +131,22 @@ impl Share {
         standby: &Standby,
         (slot, frame): (usize, Frame),
         (range, uffd): (AddressRange, &Uffd),
-    ) -> Outcome {
+    ) -> Result<Left, Outcome> {
         match standby.arena.give_back(uffd, range, slot) {
-            Outcome::Done => {
-                standby.slots.returned(slot);
-                Outcome::Done
-            }
-            Outcome::Changing => Outcome::Changing,
+            Outcome::Done => Ok(Left::Nothing),
+            Outcome::Changing => Err(Outcome::Changing),
             _ => self.copy_back(standby, (slot, frame), (range, uffd), Arrival::Writable),
         }
     }
 
-    /// Copies the page of a slot. The old frame is free then, or waits for the end of the slot.
+    /// Copies the page of a slot to its region.
     fn copy_back(
         &self,
-        Standby { arena, slots }: &Standby,
+        Standby { arena, .. }: &Standby,
         (slot, frame): (usize, Frame),
         (range, uffd): (AddressRange, &Uffd),
         arrival: Arrival,
-    ) -> Outcome {
+    ) -> Result<Left, Outcome> {
         let has_room = self.state.try_reserve(1);
         let copied = match arena.copy_back(uffd, range, slot..slot + 1, arrival) {
             // No thread but that with the claim brings a modified page back: its copy has come before.
@@ -148,17 +154,27 @@ impl Share {
             outcome => outcome,
         };
         match copied {
-            Outcome::Done if has_room => slots.abandon(slot),
+            Outcome::Done if has_room => Ok(Left::Frame),
             // The new frame takes the place of the old one in the budget.
-            Outcome::Done if arena.empty(slot..slot + 1).is_ok() => slots.returned(slot),
+            Outcome::Done if arena.empty(slot..slot + 1).is_ok() => Ok(Left::Nothing),
             Outcome::Done => {
-                slots.abandon(slot);
                 self.state.overrun(1);
+                Ok(Left::Frame)
             }
-            _ => self.state.release(usize::from(has_room)),
+            _ => {
+                self.state.release(usize::from(has_room));
+                Err(copied)
+            }
         }
-        copied
     }
+}
+
+/// What is left in the slot of a page that has come back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    Nothing,
+    /// The old frame, which waits for the end of the slot.
+    Frame,
 }
 
 /// The most pages that are filled at once, so that a thread needs little room in the budget.
