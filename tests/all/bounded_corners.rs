@@ -3,6 +3,7 @@
 
 use crate::bounded_writes::{BUDGET, Disk, PAGES, bounded, builder, moves_no_pages, pool, word};
 use crate::guests::lacks_poison;
+use crate::machine::rounds;
 use crate::waits::{comes_true, until};
 use crate::{PAGE, discard, handle_user_signal, spawn_asleep};
 use nix::libc;
@@ -412,7 +413,6 @@ fn a_page_that_a_signal_handler_brings_back_is_counted_once() {
         // SAFETY: a word of the region, which is accessed by atomics only.
         unsafe { AtomicU64::from_ptr(word) }.load(Ordering::SeqCst);
     }
-    const ROUNDS: usize = 5_000;
     let end = child::run(this_test!(), || {
         let budget = Budget::bytes(BUDGET).unwrap();
         let builder = Region::builder().chunk(vec![7u8; PAGE]).budget(&budget);
@@ -425,7 +425,7 @@ fn a_page_that_a_signal_handler_brings_back_is_counted_once() {
             let (region, is_over) = (&region, &is_over);
             scope.spawn(move || {
                 told.send(pthread_self()).unwrap();
-                for _ in 0..ROUNDS {
+                for _ in 0..rounds(5_000) {
                     region.evict(..).unwrap();
                     region.populate(..).unwrap();
                 }

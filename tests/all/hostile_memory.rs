@@ -2,6 +2,7 @@
 //! another guest.
 
 use crate::handler::RunningHandler;
+use crate::machine::rounds;
 use crate::{PAGE, handle_bus_errors, lacks_poison, own_memory, pattern, serve_until, until};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -23,10 +24,13 @@ use std::time::{Duration, Instant};
 /// Far above the time of one touch beside an attack, and below the 111 s where each of a thousand
 /// faults of an attack holds the only worker for 111 ms.
 const LONG: Duration = Duration::from_secs(60);
-/// Far above the seconds that 400 touches take beside an attack, even on a loaded machine.
+/// Far above the seconds that its touches take beside an attack, even on a loaded machine.
 const ALL: Duration = Duration::from_secs(240);
-/// The touches of an innocent guest.
-const TOUCHES: usize = 400;
+/// The number of touches of an innocent guest.
+fn touches() -> usize {
+    rounds(400) as usize
+}
+
 /// The written part of a snapshot. The rest is zeros.
 const WRITTEN: usize = 500 * PAGE;
 
@@ -71,7 +75,7 @@ impl Attacked {
         hostile
     }
 
-    /// The longest and the total time of 400 touches of another guest. `None` if one takes [`LONG`] or
+    /// The longest and the total time of many touches of another guest. `None` if one takes [`LONG`] or
     /// all take [`ALL`]. A latency is the subject here, so a clock measures it.
     fn touches_of_an_innocent_guest(&self) -> Option<(Duration, Duration)> {
         let (guest, stream) = connect(&self.handler.socket(), self.bytes);
@@ -81,14 +85,14 @@ impl Attacked {
         thread::spawn(move || {
             let expected = pattern(3, WRITTEN);
             // Not in order, because readahead would fill them.
-            for page in (0..TOUCHES).map(|touched| touched * 89 % 500) {
+            for page in (0..touches()).map(|touched| touched * 89 % 500) {
                 let began = Instant::now();
                 assert_eq!(guest.read(page * PAGE), expected[page * PAGE]);
                 let _ = done.send(began.elapsed());
             }
         });
         let next = |_| touched.recv_timeout(LONG.min(ALL.saturating_sub(began.elapsed()))).ok();
-        let each: Option<Vec<_>> = (0..TOUCHES).map(next).collect();
+        let each: Option<Vec<_>> = (0..touches()).map(next).collect();
         Some((each?.into_iter().max()?, began.elapsed()))
     }
 }
@@ -167,7 +171,7 @@ fn a_discard_loop_of_a_guest_delays_no_other_guest() {
     let mut hostile = attacked.hostile(body);
     let innocent = attacked.touches_of_an_innocent_guest();
     hostile.kill();
-    println!("400 touches, the longest and all: {alone:?} alone, {innocent:?} beside the attack");
+    println!("the longest touch, and all: {alone:?} alone, {innocent:?} beside the attack");
     assert!(innocent.is_some(), "{innocent:?}");
     assert!(attacked.handler.try_stop().is_some());
 }
@@ -198,7 +202,7 @@ fn unannounced_memory_of_a_guest_is_left_alone_when_it_moves() {
     let mut attacked = Attacked::start(BYTES);
     let hostile = attacked.hostile(body);
     let innocent = attacked.touches_of_an_innocent_guest();
-    println!("400 touches, the longest and all: {innocent:?} beside the attack");
+    println!("the longest touch, and all: {innocent:?} beside the attack");
     hostile.wait().expect_pass();
     assert!(innocent.is_some() && attacked.handler.try_stop().is_some());
 }
@@ -243,7 +247,7 @@ fn a_guest_on_a_full_tmpfs_delays_no_other_guest() {
         return println!("SKIPPED {}: a tmpfs cannot be mounted in a namespace of its own", this_test!());
     }
     println!("{}", end.output());
-    println!("400 touches, the longest and all: {alone:?} alone, {innocent:?} beside the attack");
+    println!("the longest touch, and all: {alone:?} alone, {innocent:?} beside the attack");
     assert!(innocent.is_some(), "the innocent guest waits; the other: {}", end.output());
 }
 

@@ -1,6 +1,7 @@
 //! Small regions share the userfaultfds of their pool, unless they ask for reports of discards.
 
 use crate::application::moved;
+use crate::machine::rounds;
 use crate::spare_uffds::userfaultfds;
 use crate::{PAGE, SIGBUS, SIGSEGV, discard, lacks_poison, pattern, spawn_asleep, touch};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -84,7 +85,7 @@ fn regions_are_built_and_dropped_by_four_threads_during_faults_in_all() {
                 let pool = &pool;
                 scope.spawn(move || {
                     let bytes = pattern(seed, PAGES * PAGE);
-                    for _ in 0..150 {
+                    for _ in 0..rounds(150) {
                         let regions: Vec<_> = (0..5).map(|_| region(&bytes, pool)).collect();
                         assert!(regions.iter().all(|region| region.as_slice() == bytes));
                     }
@@ -123,7 +124,7 @@ fn crowd(regions: usize) {
         for thread in 0..4 {
             let (slots, build, bytes) = (&slots, &build, &bytes);
             scope.spawn(move || {
-                for step in 0..regions {
+                for step in 0..rounds(regions as u64) as usize {
                     let slot = &slots[(step * [1, 3, 7, 9][thread] + thread * regions / 4) % regions];
                     let seen = Arc::clone(&slot.read().unwrap());
                     let (start, region) = &*seen;

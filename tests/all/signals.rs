@@ -1,5 +1,6 @@
 //! Signals beside regions: handlers that touch regions, and other handlers of SIGBUS.
 
+use crate::machine::rounds;
 use crate::{
     PAGE, SIGBUS, discard, end_if_hung, handle, handle_bus_errors, handle_user_signal, pattern, reason,
     touch, until,
@@ -165,7 +166,9 @@ fn touch_while_evicting(server: impl Into<Server>) {
     in_a_storm(|| {
         let parts = (0..LONG as u64 * PAGE as u64).step_by(PART as usize).cycle();
         parts
-            .take_while(|_| READ.load(Ordering::SeqCst) < 1_500 || budget.evictions() < 2_000)
+            .take_while(|_| {
+                READ.load(Ordering::SeqCst) < rounds(1_500) as usize || budget.evictions() < rounds(2_000)
+            })
             .for_each(|at| region.populate(at..at + PART).unwrap());
         ADDRESS.store(0, Ordering::SeqCst);
     });
