@@ -43,25 +43,24 @@ impl Places {
 
     /// Changes the place of a page, and returns the place before.
     pub(super) fn set(&self, page: Page, place: Place) -> Place {
-        let (shift, word) = (shift(page), &self.0[page.0 / 2]);
-        let (mask, bits) = (u64::from(u32::MAX) << shift, u64::from(place.bits()) << shift);
-        let kept = if place == Place::Resident { u64::from(LEFT) << shift } else { 0 };
-        let after = |word| word & !mask | bits | word & kept;
-        let changed = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |word| Some(after(word)));
+        let change = |word| Some(with(word, page, place));
+        let changed = self.0[page.0 / 2].fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
         let (Ok(before) | Err(before)) = changed;
-        Place::from_bits((before >> shift) as u32)
+        Place::from_bits((before >> shift(page)) as u32)
     }
 
-    /// Changes the place of a page if it is `from`.
+    /// Changes the place of a page if it is `from`, a place outside of its region.
     pub(super) fn exchange(&self, page: Page, from: Place, to: Place) -> bool {
-        let (shift, word) = (shift(page), &self.0[page.0 / 2]);
-        let mask = u64::from(u32::MAX) << shift;
-        let change = |word: u64| {
-            let is_from = (word & mask) >> shift == u64::from(from.bits());
-            is_from.then_some(word & !mask | u64::from(to.bits()) << shift)
-        };
-        word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok()
+        let is_from = |word: &u64| (word >> shift(page)) as u32 == from.bits();
+        let change = |word: u64| Some(word).filter(is_from).map(|word| with(word, page, to));
+        self.0[page.0 / 2].fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok()
     }
+}
+
+/// A word of the table with another place of a page.
+const fn with(word: u64, page: Page, place: Place) -> u64 {
+    let kept = if matches!(place, Place::Resident) { word & (LEFT as u64) << shift(page) } else { 0 };
+    word & !((u32::MAX as u64) << shift(page)) | (place.bits() as u64) << shift(page) | kept
 }
 
 impl LeftPages for Places {
@@ -142,7 +141,8 @@ mod tests {
         assert_eq!(all, [Place::Nowhere, Place::Slot(LAST), Place::Slot(0)]);
         assert!(!places.exchange(Page(1), Place::Slot(0), Place::Gone));
         assert!(places.exchange(Page(2), Place::Slot(0), Place::Gone));
-        let all = [Page(1), Page(2)].map(|page| places.get(page));
-        assert_eq!(all, [Place::Slot(LAST), Place::Gone]);
+        assert!(places.exchange(Page(1), Place::Slot(LAST), Place::Resident));
+        let all = [Page(1), Page(2)].map(|page| (places.get(page), places.has_left(page)));
+        assert_eq!(all, [(Place::Resident, true), (Place::Gone, true)]);
     }
 }
