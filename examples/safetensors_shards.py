@@ -42,7 +42,15 @@ def arrange(shards, base):
         # The format allows no bytes outside of tensors.
         gaps[f"before the tensors of {path}"] = {"dtype": "U8", "shape": [data - end], "data_offsets": [end, data]}
         end += gap + size
-    return tensors, pieces, json.dumps(tensors | gaps).encode()
+    header = json.dumps(tensors | gaps, ensure_ascii=False, separators=(",", ":"))
+    return tensors, pieces, header.encode()
+
+
+def header_room(shards):
+    """The most bytes that the header takes: the headers of the shards, with longer numbers, and an entry for each gap."""
+    longer = sum(40 * len(names) for names, _, _ in shards.values())
+    gaps = sum(160 + 6 * len(os.fsencode(path)) for path in shards)
+    return 8 + sum(offset for _, offset, _ in shards.values()) + longer + gaps
 
 
 class Shards:
@@ -50,10 +58,8 @@ class Shards:
 
     def __init__(self, paths):
         shards = {path: read_header(path) for path in paths}
-        # The header has the places of the tensors, which depend on its length: a first one tells the length, with room for the
-        # longer numbers of each entry.
-        entries, _, header = arrange(shards, 0)
-        base = -(-(8 + len(header) + 24 * (len(entries) + len(shards))) // PAGE) * PAGE
+        # The header has the places of the tensors, which depend on its length.
+        base = -(-header_room(shards) // PAGE) * PAGE
         self.tensors, pieces, header = arrange(shards, base)
         header = struct.pack("<Q", base - 8) + header.ljust(base - 8)
         self.region = pagestitch.Region([header, *pieces], name="shards")
