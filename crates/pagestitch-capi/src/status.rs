@@ -12,6 +12,7 @@ pub enum Status {
     /// An argument is a null pointer, an empty or overflowing range, or a struct of another size.
     PsInvalidArgument = -1,
     /// A handle was freed, or is of another type. Only libraries with debug assertions find this.
+    #[cfg_attr(not(debug_assertions), expect(dead_code, reason = "a part of the ABI in each build"))]
     PsInvalidHandle = -2,
     /// The library has panicked, which is a defect of it: report it.
     PsPanic = -3,
