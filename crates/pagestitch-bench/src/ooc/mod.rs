@@ -142,7 +142,7 @@ impl ReadTask {
 
     fn read_region(&self, file: Result<FileSource, Error>) -> Figures {
         let budget = self.budget();
-        let pool = self.pool();
+        let pool = Pool::new().expect("a pool");
         let region = Region::builder()
             .chunk(file.expect("the file"))
             .budget(&budget)
@@ -156,7 +156,7 @@ impl ReadTask {
     }
 
     fn write_region(&self) -> Figures {
-        let (budget, pool) = (self.budget(), self.pool());
+        let (budget, pool) = (self.budget(), Pool::new().expect("a pool"));
         let file = WritableFile::open(&self.file).expect("the file");
         let region = Region::builder()
             .chunk(Chunk::writable(Arc::new(file)))
@@ -170,15 +170,9 @@ impl ReadTask {
         self.figures(&region, &budget, || self.write(&words, &trace, || region.flush(..).expect("a flush")))
     }
 
-    /// As many workers as readers, because each worker waits for the disk.
-    fn pool(&self) -> Pool {
-        let pool = Pool::builder();
-        if self.threads == 1 { pool } else { pool.workers(self.threads) }.start().expect("a pool")
-    }
-
     /// Beside the budget, the cgroup holds the program, its tables, and a little of the page cache.
     fn budget(&self) -> Budget {
-        Budget::bytes(self.memory - (self.memory / 16).max(24 << 20)).expect("a budget")
+        Budget::bytes(self.memory - (self.memory / 16).max(36 << 20)).expect("a budget")
     }
 
     /// The figures of touches of a region.
