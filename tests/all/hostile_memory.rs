@@ -24,13 +24,8 @@ use std::time::{Duration, Instant};
 /// Far above the time of one touch beside an attack, and below the 111 s where each of a thousand
 /// faults of an attack holds the only worker for 111 ms.
 const LONG: Duration = Duration::from_secs(60);
-/// Far above the seconds that its touches take beside an attack, even on a loaded machine.
+/// Far above the seconds that the touches of an innocent guest take beside an attack, even on a loaded machine.
 const ALL: Duration = Duration::from_secs(240);
-/// The number of touches of an innocent guest.
-fn touches() -> usize {
-    rounds(400) as usize
-}
-
 /// The written part of a snapshot. The rest is zeros.
 const WRITTEN: usize = 500 * PAGE;
 
@@ -95,6 +90,11 @@ impl Attacked {
         let each: Option<Vec<_>> = (0..touches()).map(next).collect();
         Some((each?.into_iter().max()?, began.elapsed()))
     }
+}
+
+/// The number of touches of an innocent guest.
+fn touches() -> usize {
+    rounds(400) as usize
 }
 
 fn connect(path: &Path, bytes: usize) -> (Arc<Guest>, UnixStream) {

@@ -43,7 +43,7 @@ impl Places {
 
     /// Changes the place of a page, and returns the place before.
     pub(super) fn set(&self, page: Page, place: Place) -> Place {
-        let change = |word| Some(with(word, page, place));
+        let change = |word| Some(with_place(word, page, place));
         let changed = self.0[page.0 / 2].fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
         let (Ok(before) | Err(before)) = changed;
         Place::from_bits((before >> shift(page)) as u32)
@@ -52,13 +52,13 @@ impl Places {
     /// Changes the place of a page if it is `from`, a place outside of its region.
     pub(super) fn exchange(&self, page: Page, from: Place, to: Place) -> bool {
         let is_from = |word: &u64| (word >> shift(page)) as u32 == from.bits();
-        let change = |word: u64| Some(word).filter(is_from).map(|word| with(word, page, to));
+        let change = |word: u64| Some(word).filter(is_from).map(|word| with_place(word, page, to));
         self.0[page.0 / 2].fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok()
     }
 }
 
-/// A word of the table with another place of a page.
-const fn with(word: u64, page: Page, place: Place) -> u64 {
+/// A word of the table with another place of a page. A page that is resident again has left still.
+const fn with_place(word: u64, page: Page, place: Place) -> u64 {
     let kept = if matches!(place, Place::Resident) { word & (LEFT as u64) << shift(page) } else { 0 };
     word & !((u32::MAX as u64) << shift(page)) | (place.bits() as u64) << shift(page) | kept
 }

@@ -92,8 +92,8 @@ impl Share {
             true => self.copy_back(standby, (slot, frame), (range, uffd), Arrival::Protected),
             false => self.move_back(standby, (slot, frame), (range, uffd)),
         };
-        let has_frame = match back {
-            Ok(left) => left == Left::Frame,
+        let left = match back {
+            Ok(left) => left,
             Err(Outcome::Changing) => {
                 standby.slots.cancel_return(slot, key, frame);
                 return Return::Changing;
@@ -109,22 +109,22 @@ impl Share {
                 return Return::Gone;
             }
         };
-        // A thread that fills the page for a signal handler is not alone: the thread with the claim runs on once
-        // the page is there. It counts the page then, and may even evict it, but not to this slot.
+        // A worker that fills the page for a signal handler is not alone: the thread with the claim runs on once
+        // the page is there. That thread counts the page then, and may even evict it, but not to this slot, because
+        // the slot is taken until now.
         match self.places.exchange(page, Place::Slot(slot as u32), Place::Resident) {
             true => self.page_came(page, true),
             false => self.state.release(1),
         }
-        if has_frame {
-            standby.slots.abandon(slot)
-        } else {
-            standby.slots.returned(slot)
+        match left {
+            Left::Frame => standby.slots.abandon(slot),
+            Left::Nothing => standby.slots.returned(slot),
         }
         Return::Done
     }
 
-    /// Moves the page of a slot to its region, or copies it: its frame may be pinned, or the memory of the region may be
-    /// locked since, into which no unlocked page moves.
+    /// Moves the page of a slot to its region, or copies it: its frame may be pinned, or the memory of the region
+    /// may be locked since, into which no unlocked page moves.
     #[inline(always)] // a signal handler has a small stack
     fn move_back(
         &self,
@@ -170,7 +170,7 @@ impl Share {
 }
 
 /// What is left in the slot of a page that has come back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 enum Left {
     Nothing,
     /// The old frame, which waits for the end of the slot.
