@@ -4,10 +4,10 @@
 use crate::bounded_writes::{BUDGET, Disk, PAGES, bounded, builder, moves_no_pages, pool, word};
 use crate::guests::lacks_poison;
 use crate::machine::rounds;
+use crate::storm::{self, in_a_storm};
 use crate::waits::{comes_true, until};
 use crate::{PAGE, discard, handle_user_signal, spawn_asleep};
 use nix::libc;
-use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{Signal, raise};
 use pagestitch::source::WritableSource;
 use pagestitch::{Budget, Chunk, ErrorKind, Region, SharedRegion, Source};
@@ -412,6 +412,7 @@ fn a_page_that_a_signal_handler_brings_back_is_counted_once() {
         let word = std::ptr::with_exposed_provenance_mut(ADDRESS.load(Ordering::SeqCst));
         // SAFETY: a word of the region, which is accessed by atomics only.
         unsafe { AtomicU64::from_ptr(word) }.load(Ordering::SeqCst);
+        storm::ended();
     }
     let end = child::run(this_test!(), || {
         let budget = Budget::bytes(BUDGET).unwrap();
@@ -419,25 +420,11 @@ fn a_page_that_a_signal_handler_brings_back_is_counted_once() {
         let region = builder.build_shared(&pool(1)).unwrap();
         ADDRESS.store(word(&region, 0).as_ptr().expose_provenance(), Ordering::SeqCst);
         handle_user_signal(handler);
-        let is_over = AtomicBool::new(false);
-        scope(|scope| {
-            let (told, thread) = std::sync::mpsc::channel();
-            let (region, is_over) = (&region, &is_over);
-            scope.spawn(move || {
-                told.send(pthread_self()).unwrap();
-                for _ in 0..rounds(5_000) {
-                    region.evict(..).unwrap();
-                    region.populate(..).unwrap();
-                }
-                is_over.store(true, Ordering::SeqCst);
-                // The signals come to an end before the thread does.
-                until(|| !is_over.load(Ordering::SeqCst));
-            });
-            let thread = thread.recv().unwrap();
-            while !is_over.load(Ordering::SeqCst) {
-                pthread_kill(thread, Signal::SIGUSR1).unwrap();
+        in_a_storm(|| {
+            for _ in 0..rounds(5_000) {
+                region.evict(..).unwrap();
+                region.populate(..).unwrap();
             }
-            is_over.store(false, Ordering::SeqCst);
         });
         // The page of a handler is counted by a worker a moment later.
         until(|| {

@@ -80,6 +80,7 @@ mod zero_copy;
 mod guests;
 mod handler;
 mod machine;
+mod storm;
 mod verity;
 mod waits;
 

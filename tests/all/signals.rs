@@ -1,12 +1,12 @@
 //! Signals beside regions: handlers that touch regions, and other handlers of SIGBUS.
 
 use crate::machine::rounds;
+use crate::storm::{self, in_a_storm};
 use crate::{
     PAGE, SIGBUS, discard, end_if_hung, handle, handle_bus_errors, handle_user_signal, pattern, reason,
     touch, until,
 };
 use nix::libc::{self, c_int, c_void, siginfo_t};
-use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, Signal, raise};
 use pagestitch::source::FailureReason;
 use pagestitch::{Budget, Chunk, Error, Inline, Pool, Readahead, Region, Server, Source};
@@ -28,6 +28,7 @@ extern "C" fn read_a_byte(_signal: c_int) {
         address if touch(address) == 0 => drop(WRONG.fetch_add(1, Ordering::SeqCst)),
         _ => drop(READ.fetch_add(1, Ordering::SeqCst)),
     }
+    storm::ended();
 }
 
 /// A source that raises SIGUSR1 in the thread that populates.
@@ -111,21 +112,6 @@ fn populate_in_a_signal_handler_of_a_thread_that_populates_is_an_error() {
     end.expect_pass();
 }
 
-/// Sends SIGUSR1 to the calling thread all the while that `body` runs in it.
-fn in_a_storm(body: impl FnOnce()) {
-    let (me, done) = (pthread_self(), AtomicBool::new(false));
-    scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::SeqCst) {
-                let _ = pthread_kill(me, Signal::SIGUSR1);
-                thread::yield_now();
-            }
-        });
-        body();
-        done.store(true, Ordering::SeqCst);
-    });
-}
-
 /// Reads pages of a region of [`LONG`] pages, others at each signal.
 extern "C" fn read_some_pages(_signal: c_int) {
     let start = ADDRESS.load(Ordering::SeqCst);
@@ -135,6 +121,7 @@ extern "C" fn read_some_pages(_signal: c_int) {
             WRONG.fetch_add(1, Ordering::SeqCst);
         }
     }
+    storm::ended();
 }
 
 /// Pages of a region that is four times as long as its budget.
