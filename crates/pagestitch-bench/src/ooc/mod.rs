@@ -172,7 +172,7 @@ impl ReadTask {
 
     /// Beside the budget, the cgroup holds the program, its tables, and a little of the page cache.
     fn budget(&self) -> Budget {
-        Budget::bytes(self.memory - (self.memory / 16).max(36 << 20)).expect("a budget")
+        Budget::bytes(self.memory - (self.memory / 16).max(24 << 20)).expect("a budget")
     }
 
     /// The figures of touches of a region.

@@ -36,20 +36,22 @@ impl Writer {
 }
 
 /// Compares all bytes of the written pages with those of the file, and writes the bytes that the file had
-/// before. False if a word differs.
+/// before. False if a word differs. Has one page in memory at a time, because the memory of the reader is limited.
 pub(super) fn check_and_restore(file: &File, writers: &[Writer]) -> io::Result<bool> {
-    let mut expected: HashMap<u32, Vec<u64>> = HashMap::new();
-    for Writer { word, written } in writers {
-        for (&page, &value) in written {
-            expected.entry(page).or_insert_with(|| vec![value_of(page); PAGE / 8])[*word] = value;
-        }
+    let mut written = Vec::new();
+    for Writer { word, written: words } in writers {
+        written.extend(words.iter().map(|(&page, &value)| (page, *word, value)));
     }
+    written.sort_unstable();
     let (mut bytes, mut is_right) = ([0; PAGE], true);
-    for (page, words) in expected {
+    for words in written.chunk_by(|one, other| one.0 == other.0) {
+        let (page, mut expected) = (words[0].0, [value_of(words[0].0); PAGE / 8]);
         let offset = u64::from(page) * PAGE as u64;
         file.read_exact_at(&mut bytes, offset)?;
-        is_right &= bytes == *of_words(words);
-        file.write_all_at(&of_words(vec![value_of(page); PAGE / 8]), offset)?;
+        let before = of_words(expected);
+        words.iter().for_each(|&(_, word, value)| expected[word] = value);
+        is_right &= bytes == *of_words(expected);
+        file.write_all_at(&before, offset)?;
     }
     file.sync_data()?;
     Ok(is_right)
@@ -60,7 +62,7 @@ const fn value_of(page: u32) -> u64 {
     page as u64 + 1
 }
 
-fn of_words(words: Vec<u64>) -> Vec<u8> {
+fn of_words(words: [u64; PAGE / 8]) -> Vec<u8> {
     words.into_iter().flat_map(u64::to_ne_bytes).collect()
 }
 
