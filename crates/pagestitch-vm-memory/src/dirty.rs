@@ -7,7 +7,7 @@
 //! ```
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
 /// The dirty pages of a [`GuestRegion`](crate::GuestRegion).
@@ -108,6 +108,9 @@ impl DirtyPages {
         if offset >= end {
             return;
         }
+        // The bytes were written before, and a processor may let the load below overtake that write. A `take` in
+        // between would clear the mark, and the reader of the bytes would miss them.
+        fence(Ordering::SeqCst);
         for page in offset >> PAGE_SHIFT..=(end - 1) >> PAGE_SHIFT {
             let (word, bit) = (&self.words[page / BITS], 1 << (page % BITS));
             // A page that is written often is dirty already, and a load leaves its cache line shared.

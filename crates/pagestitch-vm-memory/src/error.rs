@@ -12,9 +12,9 @@ pub enum GuestRegionError {
         /// The name of the region.
         region: String,
     },
-    /// The region would end past the last guest address.
+    /// The region would end at the last guest address or past it.
     #[error(
-        "region {region} of {bytes} bytes does not fit at guest address {start:#x}, because it would end past 2^64: choose a lower address"
+        "region {region} of {bytes} bytes does not fit at guest address {start:#x}, because its end would be 2^64 or more: choose a lower address"
     )]
     TooHigh {
         /// The name of the region.

@@ -12,7 +12,7 @@ use vm_memory::{
 /// A [`SharedRegion`] at a guest address, as `GuestRegionMmap` is a mapping at one.
 ///
 /// It has the bytes that the region has when it is made: later [appends](SharedRegion::append) are not
-/// part of it. Several guest regions may be of one region, in an [`Arc`].
+/// part of it. Several guest regions without a bitmap may be of one region, in an [`Arc`].
 ///
 /// A [`Region`](pagestitch::Region) is refused by its type, because it shows its bytes as `&[u8]`, which
 /// must not change:
@@ -40,7 +40,7 @@ impl GuestRegion {
     /// # Errors
     ///
     /// [`GuestRegionError`]: the region is not [`writable`](pagestitch::Builder::writable), because
-    /// `vm_memory` has no memory that is only read; it has no bytes; it would end past 2^64.
+    /// `vm_memory` has no memory that is only read; it has no bytes; its end would be 2^64 or more.
     ///
     /// ```
     /// use pagestitch::{Chunk, Pool, Region};
@@ -62,16 +62,26 @@ impl GuestRegion<DirtyPages> {
     /// As [`new`](GuestRegion::new), with a bitmap of dirty pages. Pages that were written before are
     /// dirty.
     ///
+    /// It takes the region itself, and no [`Arc`] of it, because a region has one record of its changes: a
+    /// second bitmap would miss what the scans of the first one find. For the same reason, leave
+    /// [`changes`](pagestitch::AnyRegion::changes) and [`save_changes`](pagestitch::AnyRegion::save_changes) of
+    /// [`region`](GuestRegion::region) alone:
+    ///
+    /// ```compile_fail
+    /// # use pagestitch::{Pool, Region};
+    /// # use pagestitch_vm_memory::{GuestRegion, vm_memory::GuestAddress};
+    /// # let builder = Region::builder().chunk(vec![7u8; 8_192]).writable().track_changes();
+    /// let region = std::sync::Arc::new(builder.build_shared(&Pool::new().unwrap()).unwrap());
+    /// GuestRegion::tracked(region, GuestAddress(0)).unwrap();     // instead: the region itself
+    /// ```
+    ///
     /// # Errors
     ///
     /// As [`new`](GuestRegion::new); also if the region is not built
     /// [`track_changes`](pagestitch::Builder::track_changes).
     ///
     /// [`DirtyPages`] has an example.
-    pub fn tracked(
-        region: impl Into<Arc<SharedRegion>>,
-        start: GuestAddress,
-    ) -> Result<Self, GuestRegionError> {
+    pub fn tracked(region: SharedRegion, start: GuestAddress) -> Result<Self, GuestRegionError> {
         let guest = Self::with_bitmap(region.into(), start, |region| DirtyPages::new(region.len()))?;
         guest.scan()?;
         Ok(guest)
@@ -200,10 +210,6 @@ impl<B: Bitmap> GuestMemoryRegion for GuestRegion<B> {
         #[expect(unsafe_code, reason = "vm-memory accesses memory by its address")]
         let slice = unsafe { VolatileSlice::with_bitmap(at, count, bitmap, None) };
         Ok(slice)
-    }
-
-    fn is_hugetlbfs(&self) -> Option<bool> {
-        Some(false)
     }
 }
 
