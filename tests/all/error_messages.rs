@@ -181,6 +181,10 @@ fn the_errors_of_options_name_the_option_and_the_remedy() {
             "region r: hardware_read_only() stops the writes that writable() allows: leave out one of the two",
         ),
         (
+            refused(filled().populate_threads(0), Eager),
+            "region r: a thread must fill pages in populate() and read_at(): ask for populate_threads(1) or more",
+        ),
+        (
             refused(filled().record().replay(&recording), &pool),
             "region r: a page that is replayed has no first touch: record() another region, without replay()",
         ),

@@ -51,6 +51,7 @@ mod options;
 mod panics;
 mod peers;
 mod pinned;
+mod populate_threads;
 mod prefetch;
 mod pressure;
 mod readahead;

@@ -17,7 +17,7 @@ fn builder() -> Builder {
 }
 
 /// The options, by the names of their methods.
-const OPTIONS: [&str; 56] = [
+const OPTIONS: [&str; 60] = [
     "writable",
     "hardware_read_only",
     "writable and hardware_read_only",
@@ -26,6 +26,8 @@ const OPTIONS: [&str; 56] = [
     "no readahead",
     "max_mappings",
     "max_in_flight",
+    "populate_threads",
+    "no populate_threads",
     "shards",
     "report_discards",
     "no reports of discards",
@@ -45,6 +47,7 @@ const OPTIONS: [&str; 56] = [
     "budget and hardware_read_only",
     "budget and dumped",
     "budget and readahead",
+    "budget and populate_threads",
     "budget and shards",
     "budget and report_discards",
     "budget and no reports of discards",
@@ -61,6 +64,7 @@ const OPTIONS: [&str; 56] = [
     "on_memfd and readahead",
     "on_memfd and max_mappings",
     "on_memfd and max_in_flight",
+    "on_memfd and populate_threads",
     "on_memfd and shards",
     "on_memfd and report_discards",
     "on_memfd and no reports of discards",
@@ -98,6 +102,8 @@ fn set<S>(option: &str, builder: Builder<S>) -> Builder<S> {
         "no readahead" => builder.readahead(Readahead::None),
         "max_mappings" => builder.max_mappings(10),
         "max_in_flight" => builder.max_in_flight(1),
+        "populate_threads" => builder.populate_threads(2),
+        "no populate_threads" => builder.populate_threads(0),
         "shards" => builder.shards(4),
         "shards and inherit_on_fork" => builder.shards(4).inherit_on_fork(),
         "report_discards" => builder.report_discards(true),
@@ -160,10 +166,10 @@ fn refusal_on_memfd(other: &str, server: &str, kind: &str, adopted: bool) -> Opt
 
 fn refusal_in_private_memory(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
     use BuildOption::{
-        Budget, Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, Readahead, Record,
-        RecordLatency, ReleaseSources, Replay, ReportDiscards, Shards, Writable,
+        Budget, Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, PopulateThreads,
+        Readahead, Record, RecordLatency, ReleaseSources, Replay, ReportDiscards, Shards, Writable,
     };
-    use ErrorKind::{NotZeroCopy, OptionConflict, UnsuitableServer};
+    use ErrorKind::{InvalidOption, NotZeroCopy, OptionConflict, UnsuitableServer};
     Some(match (option, server, adopted) {
         ("budget and hardware_read_only", _, true) => (OptionConflict, Some(HardwareReadOnly)),
         ("budget and dumped", _, true) => (OptionConflict, Some(Dumped)),
@@ -184,6 +190,7 @@ fn refusal_in_private_memory(option: &str, server: &str, adopted: bool) -> Optio
                 (false, _) => return None,
             }
         }
+        ("no populate_threads", _, _) => (InvalidOption, Some(PopulateThreads)),
         ("writable and hardware_read_only", _, _) => (OptionConflict, Some(HardwareReadOnly)),
         ("writable", _, true) => (OptionConflict, Some(Writable)),
         ("hardware_read_only", _, true) => (OptionConflict, Some(HardwareReadOnly)),

@@ -85,6 +85,11 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
         let what = "a region has at least one shard: ask for shards(1) or more";
         return Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Shards));
     }
+    if options.serve_options.populate_threads == Some(0) {
+        let what =
+            "a thread must fill pages in populate() and read_at(): ask for populate_threads(1) or more";
+        return Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::PopulateThreads));
+    }
     options.check_target(matches!(target, TargetKind::Adopted(_)))?;
     check_capacity(options, layout)?;
     let demands = options.demands(matches!(target, TargetKind::Adopted(_)));

@@ -289,6 +289,42 @@ impl<S> Builder<S> {
         self
     }
 
+    /// Sets the number of threads that fill pages in [`populate`](crate::AnyRegion::populate),
+    /// [`read_at`](crate::Region::read_at) and the build of an [`Eager`](crate::Eager) region. The calling
+    /// thread is one of them; the others help with 32 MiB and more, and with each build. Default: as
+    /// many as there are CPUs, at most 4; a build takes all CPUs. A build never reads with more than
+    /// [`max_in_flight`](Self::max_in_flight) threads.
+    ///
+    /// `1` suits a source that only the calling thread can read, because it needs a lock that this
+    /// thread has, or a thread-local value. A larger number suits a source that is slow to answer and
+    /// answers many reads at once. Faults are served by the workers of the server in any case. `build`
+    /// fails for 0.
+    ///
+    /// ```
+    /// use pagestitch::{Chunk, Eager, Region, Source};
+    /// use std::sync::Arc;
+    /// use std::{io, thread};
+    ///
+    /// struct OfThisThread(thread::ThreadId);
+    /// impl Source for OfThisThread {
+    ///     fn size(&self) -> u64 {
+    ///         20 << 20
+    ///     }
+    ///     fn read_at(&self, _offset: u64, into: &mut [u8]) -> io::Result<()> {
+    ///         assert_eq!(thread::current().id(), self.0);
+    ///         Ok(into.fill(7))
+    ///     }
+    /// }
+    /// let source = Arc::new(OfThisThread(thread::current().id()));
+    /// let region = Region::builder().chunk(Chunk::source(source)).populate_threads(1).build(Eager)?;
+    /// assert_eq!(region.as_slice()[10 << 20], 7);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn populate_threads(mut self, threads: usize) -> Self {
+        self.options.serve_options.populate_threads = Some(threads);
+        self
+    }
+
     /// Records the order in which pages are first touched;
     /// [`recording`](crate::AnyRegion::recording) returns it. Only a fault reveals a touch, so such
     /// a region fills nothing ahead. `build` fails if the region also [replays](Self::replay).

@@ -78,8 +78,15 @@ impl Options {
 
     /// The demands of the region on its server.
     pub(super) const fn demands(&self, adopted: bool) -> Demands {
-        let ServeOptions { record_latency, max_in_flight, record, replay, reporter: _, record_of_writes } =
-            &self.serve_options;
+        let ServeOptions {
+            record_latency,
+            max_in_flight,
+            populate_threads: _,
+            record,
+            replay,
+            reporter: _,
+            record_of_writes,
+        } = &self.serve_options;
         Demands {
             adopted,
             children: self.inherit_on_fork,

@@ -22,6 +22,8 @@ pub enum BuildOption {
     ReportDiscards,
     /// [`Builder::max_in_flight`](crate::Builder::max_in_flight), also of a pool.
     MaxInFlight,
+    /// [`Builder::populate_threads`](crate::Builder::populate_threads).
+    PopulateThreads,
     /// [`Builder::record`](crate::Builder::record).
     Record,
     /// [`Builder::replay`](crate::Builder::replay).
@@ -70,6 +72,7 @@ impl fmt::Display for BuildOption {
             Self::Shards => "shards",
             Self::ReportDiscards => "report_discards",
             Self::MaxInFlight => "max_in_flight",
+            Self::PopulateThreads => "populate_threads",
             Self::Record => "record",
             Self::Replay => "replay",
             Self::RecordLatency => "record_latency",

@@ -45,12 +45,17 @@ pub(crate) fn fill_rest(region: &Mapping, go_on: &(dyn Fn() -> bool + Sync)) -> 
 
 fn fill_blocks(region: &Mapping, span: Span, extent: Extent<'_>) -> Result<(), Arc<Failure>> {
     let work = Work { region, extent, rest: Mutex::new(Remainder { span, failed: None }) };
-    if span.pages < PARALLEL_PAGES {
-        work.help()
-    } else {
-        work.help_in_threads()
+    match threads(region) {
+        2.. if span.pages >= PARALLEL_PAGES => work.help_in_threads(),
+        _ => work.help(),
     }
     work.rest.into_inner().failed.map_or(Ok(()), |(_, failure)| Err(failure))
+}
+
+/// The number of threads that fill a large span.
+fn threads(region: &Mapping) -> usize {
+    let by_default = || thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX);
+    region.populate_threads.unwrap_or_else(by_default)
 }
 
 /// The part of a span that is filled: until this function returns false.
@@ -92,8 +97,7 @@ impl Work<'_> {
     fn help_in_threads(&self) {
         thread::scope(|scope| {
             let quiet = NoSignals::until_dropped();
-            let helpers = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX) - 1;
-            for index in 0..helpers {
+            for index in 1..threads(self.region) {
                 let named = thread::Builder::new().name(format!("populate/{index}"));
                 // A thread that cannot start is one helper fewer.
                 let _ = named.spawn_scoped(scope, || self.help());
@@ -277,7 +281,7 @@ const NESTED: &str = "this thread is filling the page already, below a signal ha
 
 /// From this size on, helper threads join in. For less, starting a thread costs more than it saves.
 const PARALLEL_PAGES: usize = 16 * BLOCK_PAGES;
-/// The most threads. More would only wait for memory.
+/// The most threads by default. More would only wait for memory.
 const THREADS_MAX: usize = 4;
 /// The longest time to wait for a memory map that changes without a pause, when the memory is left
 /// to its owner.

@@ -153,6 +153,8 @@ pub(crate) struct Mapping {
     /// How the server learns of discarded pages.
     pub(crate) discards: Discards,
     failures: Failures,
+    /// The number of threads that fill pages in a call, if the builder has set it.
+    pub(crate) populate_threads: Option<usize>,
     /// The kernel's record of writes, if changes are tracked. All pages then arrive by a copy,
     /// write-protected.
     pub(crate) written: Option<Box<WrittenPages>>,
@@ -163,13 +165,15 @@ pub(crate) struct Mapping {
     gate: Arc<Gate>,
 }
 
-/// The options of a region that concern its faults.
+/// The options of a region that concern its faults, and its fills without a fault.
 #[derive(Debug, Default)]
 pub(crate) struct ServeOptions {
     /// True if the parts of faults are timed.
     pub(crate) record_latency: bool,
     /// The most faults that are served at once; `None` is unlimited.
     pub(crate) max_in_flight: Option<usize>,
+    /// The number of threads that fill pages in a call; `None`: the user has not chosen.
+    pub(crate) populate_threads: Option<usize>,
     pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
     pub(crate) reporter: Option<FailureCallback>,
@@ -210,7 +214,7 @@ impl Mapping {
         growth: Option<Growth>,
         allocates: bool,
     ) -> Self {
-        let ServeOptions { record_latency, replay, reporter, .. } = serve_options;
+        let ServeOptions { record_latency, replay, reporter, populate_threads, .. } = serve_options;
         let laid = match &growth {
             Some(_) => target.page_size().covering(&(0..layout.total())).pages,
             None => target.all().pages,
@@ -247,6 +251,7 @@ impl Mapping {
             uffd,
             target,
             failures: Failures::default(),
+            populate_threads,
             written: tables.written,
             flushes: tables.flushes,
             gate: Arc::new(Gate::new()),

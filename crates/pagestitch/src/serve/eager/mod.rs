@@ -41,8 +41,8 @@ use std::thread;
 /// must.
 ///
 /// The build maps what can be mapped in place, as for any server. It reads everything else from the
-/// sources, on a thread for each CPU, or on as many threads as
-/// [`max_in_flight`](crate::Builder::max_in_flight) allows.
+/// sources, on a thread for each CPU, on [`populate_threads`](crate::Builder::populate_threads), and on
+/// no more than [`max_in_flight`](crate::Builder::max_in_flight) allows.
 ///
 /// * **Sources**: all. Donated pages are copied, because a moved page that is discarded would read as
 ///   zeros. A memfd that is filled later is filled and copied.
@@ -120,7 +120,8 @@ impl FaultServer for Eager {
     fn fill(&self, region: &Mapping, view: &mut View, most: Option<usize>) -> Result<(), Error> {
         let spans = Spans::of(region);
         admission::check(region, &spans)?;
-        let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let by_default = || thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let threads = region.populate_threads.unwrap_or_else(by_default);
         let filled = fill::fill(region, &spans, most.map_or(threads, |most| threads.min(most)))?;
         show::show(region, view, &spans, filled)
     }
