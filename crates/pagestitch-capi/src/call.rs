@@ -2,7 +2,7 @@
 
 use crate::status::Status;
 use std::cell::{Cell, RefCell};
-use std::ffi::{CString, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -77,9 +77,16 @@ fn caught<T>(name: &str, body: impl FnOnce() -> Result<T, CallError>) -> Result<
     })
 }
 
+/// The message of a thread whose own was dropped at its end: for destructors of pthread_key_create(3) and
+/// functions of atexit(3), which run later.
+const AT_THREAD_END: &CStr =
+    c"the thread ends, and has no text of errors any more: the status of the call tells its reason";
+
 fn keep(name: &str, error: &CallError) {
     let message = format!("{name}: {}", error.message).replace('\0', "?");
-    MESSAGE.set(CString::new(message).unwrap_or_default());
+    let message = CString::new(message).unwrap_or_default();
+    // At the end of its thread, the message is gone: `ps_last_error()` says so.
+    let _ = MESSAGE.try_with(|place| place.replace(message));
     ERRNO.set(error.errno);
 }
 
@@ -87,11 +94,52 @@ fn keep(name: &str, error: &CallError) {
 /// has failed. Never NULL. Valid until the next failure in this thread.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_last_error() -> *const c_char {
-    MESSAGE.with_borrow(|message| message.as_ptr())
+    MESSAGE.try_with(|message| message.borrow().as_ptr()).unwrap_or(AT_THREAD_END.as_ptr())
 }
 
 /// The errno of the last call of this thread that failed. 0: the kernel has refused nothing.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_last_errno() -> c_int {
     ERRNO.get()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{CallError, ps_last_errno, ps_last_error, status};
+    use crate::status::Status;
+    use std::ffi::{CStr, c_int};
+
+    fn last_error() -> String {
+        let text = ps_last_error();
+        // SAFETY: the text ends in a zero byte, and no call of this thread fails before its copy.
+        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+    }
+
+    #[test]
+    fn a_panic_is_a_status_with_its_message() {
+        let texts = [
+            (status("ps_some_call", || panic!("block {} is gone", 5)), "block 5 is gone"),
+            (status("ps_some_call", || panic!("a constant text")), "a constant text"),
+            (status("ps_some_call", || std::panic::panic_any(7)), "no message"),
+        ];
+        assert!(texts.iter().all(|&(status, _)| status == Status::PsPanic as c_int));
+        assert_eq!(last_error(), "ps_some_call: the library has panicked: no message");
+        let _ = status("ps_some_call", || panic!("block {} is gone", 5));
+        assert_eq!(last_error(), format!("ps_some_call: the library has panicked: {}", texts[0].1));
+    }
+
+    #[test]
+    fn each_thread_has_its_own_last_error() {
+        let refused = |message| status("ps_some_call", || Err(CallError::argument(message)));
+        assert_eq!(refused("of the first thread"), Status::PsInvalidArgument as c_int);
+        std::thread::spawn(move || {
+            assert_eq!((last_error(), ps_last_errno()), (String::new(), 0));
+            let error = std::io::Error::from_raw_os_error(5);
+            let status = status("ps_some_call", || Err(CallError::io("a file", &error)));
+            assert_eq!((status, ps_last_errno()), (Status::PsIo as c_int, 5));
+        })
+        .join()
+        .unwrap();
+        assert_eq!((last_error(), ps_last_errno()), ("ps_some_call: of the first thread".into(), 0));
+    }
 }

@@ -34,12 +34,25 @@ pub(crate) trait Handle: Sized {
         if handle.is_null() {
             return Ok(None);
         }
-        check(handle)?;
-        live::remove(handle.addr());
-        // SAFETY: `give` has made the handle by `Box::into_raw`, and the caller passes it once.
-        let value = unsafe { Box::from_raw(handle) };
-        Ok(Some(*value))
+        live::remove(handle.addr(), Self::NAME)?;
+        Ok(Some(taken(handle)))
     }
+}
+
+/// The value of a handle, whose memory is freed.
+#[cfg(not(debug_assertions))]
+fn taken<H: Handle>(handle: *mut H) -> H {
+    // SAFETY: `give` has made the handle by `Box::into_raw`, and the caller passes it once.
+    let value = unsafe { Box::from_raw(handle) };
+    *value
+}
+
+/// The value of a handle. Its memory stays, so that no later handle has the same address: a later use of this one is
+/// found.
+#[cfg(debug_assertions)]
+fn taken<H: Handle>(handle: *mut H) -> H {
+    // SAFETY: `give` has made the handle, and `live::remove` lets it pass once.
+    unsafe { handle.read() }
 }
 
 fn check<H: Handle>(handle: *const H) -> Result<(), CallError> {
@@ -132,7 +145,8 @@ pub(crate) unsafe fn sized<T: Copy>(
     aligned(start, what)?;
     // SAFETY: each of these structs begins with a `size_t`.
     let size = unsafe { start.cast::<usize>().read() };
-    if size < smallest || size > size_of::<T>() {
+    // A struct of any version is a whole number of its largest fields, so that no field is cut.
+    if size < smallest || size > size_of::<T>() || size % align_of::<T>() != 0 {
         let (name, largest) = (what, size_of::<T>());
         return Err(CallError::argument(format_args!(
             "the field `size` of {name} is {size}, and this library knows {smallest} to {largest}: set it to sizeof"
@@ -159,53 +173,108 @@ fn aligned<T>(start: *const T, what: &str) -> Result<(), CallError> {
 }
 
 /// The handles that C holds: builds with debug assertions find freed and foreign ones.
+#[cfg(debug_assertions)]
 mod live {
     use crate::call::CallError;
-    #[cfg(debug_assertions)]
-    use {
-        crate::status::Status,
-        std::collections::HashMap,
-        std::sync::{Mutex, PoisonError},
-    };
+    use crate::status::Status;
+    use std::collections::HashMap;
+    use std::collections::hash_map::{Entry, OccupiedEntry};
+    use std::sync::{Mutex, PoisonError};
 
-    #[cfg(debug_assertions)]
-    static LIVE: Mutex<Option<HashMap<usize, &'static str>>> = Mutex::new(None);
-
-    #[cfg(debug_assertions)]
-    fn with<T>(act: impl FnOnce(&mut HashMap<usize, &'static str>) -> T) -> T {
-        act(LIVE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default())
+    /// The name of a handle's type, and whether C still has the handle. Freed ones stay: their memory does, too.
+    struct Known {
+        name: &'static str,
+        is_live: bool,
     }
 
-    #[cfg_attr(not(debug_assertions), expect(unused_variables, reason = "a release build keeps no list"))]
+    static KNOWN: Mutex<Option<HashMap<usize, Known>>> = Mutex::new(None);
+
+    fn with<T>(act: impl FnOnce(&mut HashMap<usize, Known>) -> T) -> T {
+        act(KNOWN.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default())
+    }
+
     pub(super) fn insert(address: usize, name: &'static str) {
-        #[cfg(debug_assertions)]
-        with(|live| live.insert(address, name));
+        with(|known| known.insert(address, Known { name, is_live: true }));
     }
 
-    #[cfg_attr(not(debug_assertions), expect(unused_variables, reason = "a release build keeps no list"))]
-    pub(super) fn remove(address: usize) {
-        #[cfg(debug_assertions)]
-        with(|live| live.remove(&address));
+    /// Lets one call free the handle.
+    pub(super) fn remove(address: usize, name: &'static str) -> Result<(), CallError> {
+        with(|known| {
+            found(known.entry(address), name)?.get_mut().is_live = false;
+            Ok(())
+        })
     }
 
-    #[cfg_attr(
-        not(debug_assertions),
-        expect(unused_variables, clippy::unnecessary_wraps, reason = "a release build keeps no list")
-    )]
     pub(super) fn check(address: usize, name: &'static str) -> Result<(), CallError> {
-        #[cfg(debug_assertions)]
-        match with(|live| live.get(&address).copied()) {
-            Some(other) if other == name => {}
-            Some(other) => {
-                return Err(CallError::new(Status::PsInvalidHandle, format_args!("the {name} is a {other}")));
+        with(|known| found(known.entry(address), name).map(drop))
+    }
+
+    fn found<'map>(
+        entry: Entry<'map, usize, Known>,
+        name: &'static str,
+    ) -> Result<OccupiedEntry<'map, usize, Known>, CallError> {
+        let wrong = |what| Err(CallError::new(Status::PsInvalidHandle, what));
+        match entry {
+            Entry::Vacant(_) => wrong(format!("no call has made this {name}")),
+            Entry::Occupied(known) if known.get().name != name => {
+                wrong(format!("the {name} is a {}", known.get().name))
             }
-            None => {
-                return Err(CallError::new(
-                    Status::PsInvalidHandle,
-                    format_args!("the {name} was freed, or no call has made it"),
-                ));
-            }
+            Entry::Occupied(known) if !known.get().is_live => wrong(format!("the {name} was freed")),
+            Entry::Occupied(known) => Ok(known),
         }
+    }
+}
+
+/// A release build keeps no list.
+#[cfg(not(debug_assertions))]
+#[expect(clippy::unnecessary_wraps, reason = "builds with debug assertions find freed handles")]
+mod live {
+    use crate::call::CallError;
+
+    pub(super) const fn insert(_address: usize, _name: &'static str) {}
+
+    pub(super) const fn remove(_address: usize, _name: &'static str) -> Result<(), CallError> {
         Ok(())
+    }
+
+    pub(super) const fn check(_address: usize, _name: &'static str) -> Result<(), CallError> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sized;
+
+    /// A struct that has got a field since its first version.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    #[repr(C)]
+    struct Grown {
+        size: usize,
+        first: u64,
+        later: u64,
+    }
+
+    const DEFAULT: Grown = Grown { size: 0, first: 0, later: 9 };
+
+    fn read(size: usize) -> Result<Grown, String> {
+        let given = Grown { size, first: 5, later: 7 };
+        // SAFETY: all fields are integers.
+        let read = unsafe { sized(&raw const given, DEFAULT, 16, "ps_grown") };
+        read.map_err(|error| format!("{error:?}"))
+    }
+
+    #[test]
+    fn a_struct_of_an_older_program_has_the_default_in_its_later_fields() {
+        assert_eq!(read(16), Ok(Grown { size: 16, first: 5, later: 9 }));
+        assert_eq!(read(24), Ok(Grown { size: 24, first: 5, later: 7 }));
+    }
+
+    #[test]
+    fn a_struct_that_is_too_small_too_large_or_ends_inside_a_field_is_refused() {
+        for size in [0, 8, 15, 17, 20, 23, 25, 32, usize::MAX] {
+            let error = read(size).unwrap_err();
+            assert!(error.contains("`size` of ps_grown is"), "{size}: {error}");
+        }
     }
 }

@@ -4,6 +4,7 @@ use crate::call::{self, CallError};
 use crate::handle::{self, Handle};
 use pagestitch::{BestServer, Eager, Inline, Manual, Pool};
 use std::ffi::c_int;
+use std::mem::offset_of;
 use std::os::fd::AsRawFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -69,6 +70,11 @@ pub struct PoolOptions {
     pub warn_after_ms: u64,
 }
 
+/// The size of the struct's first version, which ends with this field. Later versions have their fields behind it.
+const FIRST_OPTIONS: usize = offset_of!(PoolOptions, warn_after_ms) + size_of::<u64>();
+#[cfg(target_pointer_width = "64")]
+const _: () = assert!(FIRST_OPTIONS == 40 && offset_of!(PoolOptions, fault_timeout_ms) == 24, "an ABI stays");
+
 const NO_OPTIONS: PoolOptions =
     PoolOptions { size: 0, workers: 0, max_workers: 0, fault_timeout_ms: 0, warn_after_ms: 0 };
 
@@ -83,7 +89,7 @@ pub extern "C" fn ps_server_pool(options: *const PoolOptions, server: *mut *mut 
 
 fn read(options: *const PoolOptions) -> Result<PoolOptions, CallError> {
     // SAFETY: all fields are integers.
-    unsafe { handle::sized(options, NO_OPTIONS, size_of::<PoolOptions>(), "ps_pool_options") }
+    unsafe { handle::sized(options, NO_OPTIONS, FIRST_OPTIONS, "ps_pool_options") }
 }
 
 fn started(options: PoolOptions) -> Result<Pool, pagestitch::Error> {

@@ -4,6 +4,7 @@ use crate::call::CallError;
 use crate::handle;
 use std::ffi::{c_char, c_int, c_void};
 use std::io;
+use std::mem::offset_of;
 use std::ptr::NonNull;
 
 /// A source that the program implements. Its functions are called from any thread, several at once, and must
@@ -28,6 +29,11 @@ pub struct Source {
     /// The name in errors and plans. May be NULL.
     pub name: *const c_char,
 }
+
+/// The size of the struct's first version, which ends with this field. Later versions have their fields behind it.
+const FIRST_SOURCE: usize = offset_of!(Source, name) + size_of::<*const c_char>();
+#[cfg(target_pointer_width = "64")]
+const _: () = assert!(FIRST_SOURCE == 56 && offset_of!(Source, read_at) == 24, "an ABI stays");
 
 const NO_SOURCE: Source = Source {
     size: 0,
@@ -58,7 +64,7 @@ unsafe impl Sync for CSource {}
 impl CSource {
     pub(crate) fn read(source: *const Source) -> Result<Self, CallError> {
         // SAFETY: all fields are integers, pointers and optional functions.
-        let source = unsafe { handle::sized(source, NO_SOURCE, size_of::<Source>(), "ps_source") }?;
+        let source = unsafe { handle::sized(source, NO_SOURCE, FIRST_SOURCE, "ps_source") }?;
         let read_at =
             source.read_at.ok_or_else(|| CallError::argument("the field `read_at` of ps_source is NULL"))?;
         let name = match source.name.is_null() {

@@ -60,7 +60,9 @@ fn c_programs_use_each_call_with_each_server() {
         for server in servers {
             run(Command::new(&program).arg(server).arg(folder.path()));
         }
-        run(&mut Command::new(compiler.build("tests/c/manual.c", folder.path(), &["-pthread"])));
+        for threads in ["tests/c/manual.c", "tests/c/thread_end.c"] {
+            run(&mut Command::new(compiler.build(threads, folder.path(), &["-pthread"])));
+        }
         let debug = if cfg!(debug_assertions) { "-DDEBUG_ASSERTIONS" } else { "-DRELEASE" };
         run(&mut Command::new(compiler.build("tests/c/bad_input.c", folder.path(), &[debug])));
         let random = compiler.build("tests/c/random_calls.c", folder.path(), &[debug]);

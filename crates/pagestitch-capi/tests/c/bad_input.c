@@ -59,6 +59,15 @@ static void freed_handles(ps_server *server) {
     OK(ps_budget_new(1 << 24, &budget));
     OK(ps_budget_free(budget));
     FAILS(ps_budget_free(budget), PS_INVALID_HANDLE, "budget was freed");
+    FAILS(ps_budget_free((ps_budget *)&budget), PS_INVALID_HANDLE, "no call has made");
+    /* Later handles do not revive an earlier one. */
+    ps_builder *later[50];
+    for (int i = 0; i < 50; i++)
+        OK(ps_builder_new(&later[i]));
+    FAILS(ps_builder_writable(builder), PS_INVALID_HANDLE, "builder was freed");
+    FAILS(ps_builder_free(builder), PS_INVALID_HANDLE, "builder was freed");
+    for (int i = 0; i < 50; i++)
+        OK(ps_builder_free(later[i]));
 #else
     (void)server;
 #endif
