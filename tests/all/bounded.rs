@@ -3,6 +3,7 @@
 use crate::bounded_writes::moves_no_pages;
 use crate::discard;
 use crate::inline_files::file_of;
+use crate::machine::rounds;
 use crate::waits::until;
 use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, OnFailure, Pool, Region, Server};
 use pagestitch::{SharedRegion, Source, WriteBack};
@@ -151,7 +152,7 @@ fn inline_regions_of_a_budget_end_while_signal_handlers_evict_their_pages() {
                 })
             })
             .collect();
-        for _ in 0..12 {
+        for _ in 0..rounds(10) {
             let builder = Region::builder().chunk(bytes.clone()).budget(&budget);
             let region = builder.build(Inline).unwrap();
             for at in (0..bytes.len()).step_by(4096) {
@@ -161,7 +162,7 @@ fn inline_regions_of_a_budget_end_while_signal_handlers_evict_their_pages() {
         is_over.store(true, Ordering::Relaxed);
         readers.into_iter().for_each(|reader| reader.join().unwrap());
     });
-    assert!(budget.evictions() > 1_000 && budget.overruns() == 0, "{:?}", budget.metrics());
+    assert!(budget.evictions() > rounds(1_000) && budget.overruns() == 0, "{:?}", budget.metrics());
     assert!(budget.resident_bytes() <= budget.standby_bytes(), "only the standby list is left");
 }
 

@@ -1,6 +1,7 @@
 //! A source that fails, panics or shrinks: never zeros, never a hang, and an error for the caller
 //! of `read_at` and `populate`.
 
+use crate::machine::rounds;
 use crate::{SIGBUS, reason};
 use pagestitch::source::{FailureReason, FileSource};
 use pagestitch::{Chunk, ErrorKind, Pool, Readahead, Region};
@@ -357,7 +358,7 @@ fn a_page_that_fails_while_it_is_discarded_is_an_error_each_time() {
         let done = std::sync::atomic::AtomicBool::new(false);
         scope(|scope| {
             scope.spawn(|| {
-                for page in 0..2500_u64 {
+                for page in 0..rounds(2500) {
                     region.populate(page % 16 * 4096..page % 16 * 4096 + 1).unwrap_err();
                 }
                 done.store(true, std::sync::atomic::Ordering::Relaxed);

@@ -2,6 +2,7 @@
 //! from many threads, beside other handlers.
 
 use crate::donated::pages_of;
+use crate::machine::rounds;
 use crate::{PAGE, discard, handle_bus_errors, pattern, touch, until};
 use pagestitch::source::{Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
@@ -92,7 +93,7 @@ fn inline_regions_are_built_and_dropped_during_faults() {
     scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
-                for _ in 0..100 {
+                for _ in 0..rounds(100) {
                     let region = stitched(&bytes[..20 * PAGE]);
                     assert!(region.as_slice() == &bytes[..20 * PAGE]);
                 }

@@ -37,6 +37,8 @@ fn run() -> Result<i32, Box<dyn Error>> {
     mount_disk()?;
     mount_cgroups()?;
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
+    // Tests make as many mappings as a process may have.
+    fs::write("/proc/sys/vm/max_map_count", "16384")?;
     let serial = open_serial()?;
     let passed = match env::var("TEST_SUITE").as_deref() {
         Ok("physical") => physical(&serial)?,
