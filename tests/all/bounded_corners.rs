@@ -436,9 +436,9 @@ fn a_page_that_a_signal_handler_brings_back_is_counted_once() {
     end.expect_pass();
 }
 
-/// True if the kernel has a page.
+/// True if the kernel has a page in memory: of a file in place, in the page cache.
 #[expect(unsafe_code, reason = "mincore")]
-fn is_in_memory(region: &SharedRegion, page: usize) -> bool {
+pub(crate) fn is_in_memory(region: &SharedRegion, page: usize) -> bool {
     let mut here = [0];
     // SAFETY: the page is inside the region, and the kernel writes one byte.
     assert_eq!(unsafe { libc::mincore(word(region, page).as_ptr().cast(), PAGE, here.as_mut_ptr()) }, 0);

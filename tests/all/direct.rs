@@ -1,8 +1,10 @@
 //! Files that are read around the page cache: the bytes are those of any other read.
 
+use crate::bounded_corners::is_in_memory;
 use crate::{PAGE, pattern, reason};
-use pagestitch::source::{FailureReason, FileSource};
-use pagestitch::{Chunk, ErrorKind, Pool, Region, Source};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use pagestitch::source::{FailureReason, FileSource, SharedFile};
+use pagestitch::{Access, Chunk, ErrorKind, Inline, Pool, Region, Source};
 use pagestitch_testkit::this_test;
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -66,5 +68,35 @@ fn a_direct_read_of_a_truncated_file_is_an_error() {
         let error = region.populate((page * PAGE) as u64..((page + 1) * PAGE) as u64).unwrap_err();
         assert_eq!(reason(&error), FailureReason::Truncated);
     }
+    fs::remove_file(path).unwrap();
+}
+
+/// The pages at the start and the end have another chunk, too, so that they come through the page cache.
+#[test]
+fn a_whole_page_that_is_read_inline_passes_around_the_page_cache() {
+    let bytes = pattern(3, 40 * PAGE + 77);
+    let Some((file, path)) = direct(this_test!(), &bytes) else { return };
+    let build = |first: &[u8]| {
+        let chunks = Region::builder().chunk(first.to_vec()).chunk(Chunk::from(Arc::clone(&file)));
+        chunks.build(Inline).unwrap()
+    };
+    let (aligned, shifted) = (build(&[7; PAGE]), build(&[7; PAGE + 1]));
+    let opened = File::open(&path).unwrap();
+    let in_place = Region::builder().chunk(SharedFile::open(&path, Access::ReadOnly).unwrap());
+    let in_place = in_place.build_shared(&Pool::builder().workers(1).start().unwrap()).unwrap();
+    let cached = || (0..41).filter(|page| is_in_memory(&in_place, *page)).count();
+    opened.sync_all().unwrap();
+    posix_fadvise(&opened, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    if cached() > 0 {
+        // A file system in memory, for example.
+        return println!("SKIPPED {}: the file stays in the page cache", this_test!());
+    }
+    for page in [30, 1, 17] {
+        assert_eq!(aligned.as_slice()[page * PAGE], bytes[(page - 1) * PAGE], "page {page}");
+    }
+    assert_eq!(cached(), 0);
+    assert!(aligned.as_slice()[PAGE..] == bytes);
+    assert!(shifted.as_slice()[PAGE + 1..] == bytes);
+    assert!(cached() > 0, "pages that do not begin with a block of the disk");
     fs::remove_file(path).unwrap();
 }

@@ -4,11 +4,12 @@
 //! through a buffer on the stack, which has room for a page that begins inside a block.
 
 use crate::errno::Errno;
+use crate::file_read::fill_from;
 use nix::libc;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 /// A file that is read around the page cache.
@@ -63,6 +64,20 @@ impl DirectFile {
     pub fn is_aligned(&self, offset: u64, into: &[u8]) -> bool {
         let whole = |number: usize| number % self.align == 0;
         whole(into.as_ptr().addr()) && whole(into.len()) && whole(offset as usize)
+    }
+
+    /// As [`fill_from`], which a signal handler may call: false also unless the bytes are
+    /// [aligned](Self::is_aligned).
+    ///
+    /// ```no_run
+    /// # use pagestitch_kernel::direct_read::DirectFile;
+    /// # let direct = DirectFile::reopen(&std::fs::File::open("/proc/self/exe")?)?;
+    /// assert!(!direct.fill_from(1, &mut [0; 3]));
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    #[must_use]
+    pub fn fill_from(&self, offset: u64, into: &mut [u8]) -> bool {
+        self.is_aligned(offset, into) && fill_from(self.file.as_fd(), offset, into)
     }
 
     /// Fills all of `into` with the bytes from `offset` on.

@@ -16,7 +16,6 @@ use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
 use crate::source::{Backing, MemoryBytes, Source};
 use crate::space::{Layout, Mapping, Piece};
-use pagestitch_kernel::file_read::fill_from;
 use pagestitch_kernel::pages::Donated;
 use pagestitch_kernel::{Errno, Page, PageSize, Span, Staging};
 use std::io;
@@ -255,8 +254,8 @@ fn gather_piece(piece: &Piece<'_>, into: &mut [u8]) -> bool {
         into.fill(0);
         return true;
     }
-    if let Some(file) = piece.backing.file() {
-        return fill_from(file, piece.offset, into);
+    if piece.backing.file().is_some() {
+        return piece.backing.fill_in_handler(piece.offset, into);
     }
     let Some(bytes) = stable_bytes(piece.backing) else { return false };
     let start = piece.offset as usize;

@@ -355,7 +355,7 @@ struct InHandler<'r> {
     /// The state of the page before the fault.
     before: PageState,
     /// Not on the stack, because it may be a small one.
-    buffer: Option<MutexGuard<'static, [u8; PAGE]>>,
+    buffer: Option<MutexGuard<'static, PageBuffer>>,
 }
 
 impl InHandler<'_> {
@@ -394,7 +394,7 @@ impl InHandler<'_> {
             thread::yield_now();
             return Err(InstallError::Changing);
         };
-        match gather_inline(&self.owner.region, page, buffer.as_mut_slice()) {
+        match gather_inline(&self.owner.region, page, &mut buffer.0) {
             Some(content) => Ok(Filled { pages: 1, content }),
             None => Err(InstallError::Gone),
         }
@@ -402,7 +402,7 @@ impl InHandler<'_> {
 }
 
 /// A free buffer; the thread's own one, unless another thread has it.
-fn free_buffer(buffers: &'static [Buffer]) -> Option<MutexGuard<'static, [u8; PAGE]>> {
+fn free_buffer(buffers: &'static [Buffer]) -> Option<MutexGuard<'static, PageBuffer>> {
     let own = own_stripe(STRIPES);
     buffers[own..].iter().chain(&buffers[..own]).find_map(|buffer| buffer.try_lock())
 }
@@ -416,7 +416,7 @@ fn buffers() -> &'static [Buffer] {
         None => &BUFFERS,
         Some((of, buffers)) if of == process => buffers,
         // They live as long as the child.
-        Some(_) => (0..STRIPES).map(|_| Stripe(Mutex::new([0; PAGE]))).collect::<Vec<_>>().leak(),
+        Some(_) => (0..STRIPES).map(|_| Stripe(Mutex::new(PageBuffer([0; PAGE])))).collect::<Vec<_>>().leak(),
     };
     *last = Some((process, buffers));
     buffers
@@ -451,8 +451,11 @@ const SPINS: usize = 32;
 const YIELD_EVERY: u64 = 16;
 /// For a page in which chunks meet, or a page of a file. A thread only tries the lock, so it never
 /// waits.
-type Buffer = Stripe<Mutex<[u8; PAGE]>>;
-static BUFFERS: [Buffer; STRIPES] = [const { Stripe(Mutex::new([0; PAGE])) }; STRIPES];
+type Buffer = Stripe<Mutex<PageBuffer>>;
+/// Aligned, so that the disk can write to it.
+#[repr(align(4096))]
+struct PageBuffer([u8; PAGE]);
+static BUFFERS: [Buffer; STRIPES] = [const { Stripe(Mutex::new(PageBuffer([0; PAGE]))) }; STRIPES];
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {

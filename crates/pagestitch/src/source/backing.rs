@@ -7,11 +7,11 @@ use super::writable::WritableSource;
 use super::{Fetched, FileSource, Hole, ImmutableFile, Memfd, Memory};
 use crate::method::{Method, PlanReason};
 use pagestitch_kernel::PageSize;
+use pagestitch_kernel::file_read::fill_from;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
 use std::any::Any;
 use std::fmt;
-use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -103,12 +103,21 @@ impl Backing {
     pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Read(read) => match &read.0.beside {
-                Beside::File(file) => Some(file.as_fd()),
+                Beside::File(source) => Some(source.file()),
                 _ => None,
             },
             Self::Immutable(file) => Some(file.stable().file().as_fd()),
             _ => None,
         }
+    }
+
+    /// Fills `into` from the [file](Self::file), in a signal handler. False if the read fails, or if there is no
+    /// file.
+    pub(crate) fn fill_in_handler(&self, offset: u64, into: &mut [u8]) -> bool {
+        if let Self::Read(read) = self {
+            return matches!(&read.0.beside, Beside::File(source) if source.fill_in_handler(offset, into));
+        }
+        self.file().is_some_and(|file| fill_from(file, offset, into))
     }
 
     /// A source that vouches for its bytes, or the source that it wraps if that needs no read.
@@ -210,8 +219,8 @@ struct Reading<S: ?Sized> {
 /// The ability that a source has beside reads.
 enum Beside {
     None,
-    /// The file of a [`FileSource`]. A wrapper of one has none, because its own code must run.
-    File(Arc<File>),
+    /// The same source, a file. A wrapper of one has none, because its own code must run.
+    File(Arc<FileSource>),
     /// The same source, if written pages go there.
     Writer(Arc<dyn WritableSource>),
     /// It is a [`StableSource`].
@@ -231,7 +240,7 @@ impl Beside {
 impl ReadSource {
     fn of<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
         let file = (&source as &dyn Any).downcast_ref::<Arc<FileSource>>();
-        let beside = file.map_or(Beside::None, |source| Beside::File(Arc::clone(source.file())));
+        let beside = file.map_or(Beside::None, |source| Beside::File(Arc::clone(source)));
         Self::new(source, beside)
     }
 

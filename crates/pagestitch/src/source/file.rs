@@ -5,11 +5,12 @@ use crate::error::{Error, ErrorKind, FailureReason};
 use nix::libc::{EINVAL, EOPNOTSUPP, O_NONBLOCK};
 use pagestitch_kernel::Access;
 use pagestitch_kernel::direct_read::{DirectFile, read_uncached};
+use pagestitch_kernel::file_read::fill_from;
 use pagestitch_kernel::limits::with_descriptors;
 use pagestitch_kernel::shared::readable;
 use std::fs;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -84,7 +85,8 @@ impl FileSource {
     /// (`O_DIRECT`). A touch of a page then waits for the disk, also if the page was read before, unless the
     /// region has it. Reads between, and long ones that do not begin and end with a block of the disk, pass
     /// through the page cache without staying there (`RWF_DONTCACHE`, Linux 6.14; through the page cache as
-    /// usual before). Reads of a region that is served [`Inline`](crate::Inline) pass through it as usual.
+    /// usual before). A region that is served [`Inline`](crate::Inline) reads whole pages of the file at once,
+    /// if they begin with a block of the disk, and the other ones through the page cache.
     ///
     /// # Errors
     ///
@@ -139,9 +141,14 @@ impl FileSource {
         }
     }
 
-    /// The open file, which readers of its own may keep.
-    pub(super) const fn file(&self) -> &Arc<fs::File> {
-        &self.file
+    pub(super) fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Fills `into` in a signal handler. False if the read fails.
+    pub(super) fn fill_in_handler(&self, offset: u64, into: &mut [u8]) -> bool {
+        let is_filled = self.direct.as_ref().is_some_and(|direct| direct.fill_from(offset, into));
+        is_filled || fill_from(self.file.as_fd(), offset, into)
     }
 }
 
