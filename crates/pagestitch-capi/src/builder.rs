@@ -3,6 +3,7 @@
 use crate::budget::Budget;
 use crate::call::{self, CallError};
 use crate::handle::{self, Handle};
+use crate::names::in_c;
 use crate::ranges::{Extent, PS_TO_END, Piece};
 use crate::region::Region;
 use crate::server::Server;
@@ -73,7 +74,7 @@ fn range_of(chunk: Chunk, extent: Extent) -> Result<Chunk, CallError> {
     let end = extent.offset.checked_add(extent.bytes);
     let end = end.ok_or_else(|| {
         CallError::argument(format_args!(
-            "{} bytes from offset {} on end past 2^64",
+            "{} bytes from offset {} on reach 2^64, and no file does: PS_TO_END stands for the end of the file",
             extent.bytes, extent.offset
         ))
     })?;
@@ -94,7 +95,7 @@ pub extern "C" fn ps_builder_free(builder: *mut Builder) -> c_int {
 
 /// Names the region in errors and plans.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_builder_name(builder: *const Builder, name: *const c_char) -> c_int {
+pub extern "C" fn ps_builder_name(builder: *mut Builder, name: *const c_char) -> c_int {
     call::status("ps_builder_name", || {
         let name = handle::text(name, "the name")?.to_string_lossy();
         Builder::borrow(builder)?.change(|builder| builder.name(name));
@@ -105,7 +106,7 @@ pub extern "C" fn ps_builder_name(builder: *const Builder, name: *const c_char) 
 /// Allows writes to the region, by ps_region_write() and through ps_region_data_mut(). Sources in memory and files
 /// that are not in place stay as they are.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_builder_writable(builder: *const Builder) -> c_int {
+pub extern "C" fn ps_builder_writable(builder: *mut Builder) -> c_int {
     call::status("ps_builder_writable", || {
         Builder::borrow(builder)?.make_writable();
         Ok(())
@@ -114,7 +115,7 @@ pub extern "C" fn ps_builder_writable(builder: *const Builder) -> c_int {
 
 /// Starts each later chunk on a page of its own. Bytes between chunks are zeros.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_builder_page_aligned(builder: *const Builder) -> c_int {
+pub extern "C" fn ps_builder_page_aligned(builder: *mut Builder) -> c_int {
     call::status("ps_builder_page_aligned", || {
         Builder::borrow(builder)?.change(pagestitch::Builder::page_aligned);
         Ok(())
@@ -123,7 +124,7 @@ pub extern "C" fn ps_builder_page_aligned(builder: *const Builder) -> c_int {
 
 /// Makes a byte that would have to be copied an error of the build.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_builder_require_zero_copy(builder: *const Builder) -> c_int {
+pub extern "C" fn ps_builder_require_zero_copy(builder: *mut Builder) -> c_int {
     call::status("ps_builder_require_zero_copy", || {
         Builder::borrow(builder)?.change(pagestitch::Builder::require_zero_copy);
         Ok(())
@@ -133,7 +134,7 @@ pub extern "C" fn ps_builder_require_zero_copy(builder: *const Builder) -> c_int
 /// Bounds the memory of the region, which is only read then. The sources are read again for pages that have left, and
 /// must have the same bytes.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_builder_budget(builder: *const Builder, budget: *const Budget) -> c_int {
+pub extern "C" fn ps_builder_budget(builder: *mut Builder, budget: *const Budget) -> c_int {
     call::status("ps_builder_budget", || {
         let budget = &Budget::borrow(budget)?.budget;
         Builder::borrow(builder)?.change(|builder| builder.budget(budget));
@@ -144,7 +145,7 @@ pub extern "C" fn ps_builder_budget(builder: *const Builder, budget: *const Budg
 /// Gives forked children the region, with pages of their own. Without it, its addresses are inaccessible there. Needs
 /// ps_server_pool(), CAP_SYS_PTRACE and Linux 6.6.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_builder_inherit_on_fork(builder: *const Builder) -> c_int {
+pub extern "C" fn ps_builder_inherit_on_fork(builder: *mut Builder) -> c_int {
     call::status("ps_builder_inherit_on_fork", || {
         Builder::borrow(builder)?.change(pagestitch::Builder::inherit_on_fork);
         Ok(())
@@ -153,7 +154,7 @@ pub extern "C" fn ps_builder_inherit_on_fork(builder: *const Builder) -> c_int {
 
 /// Has the kernel record which pages are written, for ps_region_changes(). Needs Linux 6.7.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_builder_track_changes(builder: *const Builder) -> c_int {
+pub extern "C" fn ps_builder_track_changes(builder: *mut Builder) -> c_int {
     call::status("ps_builder_track_changes", || {
         Builder::borrow(builder)?.change(pagestitch::Builder::track_changes);
         Ok(())
@@ -162,28 +163,32 @@ pub extern "C" fn ps_builder_track_changes(builder: *const Builder) -> c_int {
 
 /// Reserves addresses for so many bytes, so that ps_region_append() can add memory later. Not with ps_server_eager().
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_builder_capacity(builder: *const Builder, bytes: u64) -> c_int {
+pub extern "C" fn ps_builder_capacity(builder: *mut Builder, bytes: u64) -> c_int {
     call::status("ps_builder_capacity", || {
         Builder::borrow(builder)?.change(|builder| builder.capacity(bytes));
         Ok(())
     })
 }
 
-/// Has `tell` called for each page whose bytes cannot be had, with its offset in the region and the reason. It is
-/// called in a thread of the library, and must neither touch the region nor leave by longjmp() or an exception.
+/// Has `tell` called for each page whose bytes cannot be had, with its offset in the region and the reason, which is
+/// valid until `tell` returns. `ctx` stays valid until the region is freed, or the builder if it builds none. The
+/// thread that has tried to fill the page calls `tell`: one of the library, that of ps_region_populate(),
+/// ps_region_read(), ps_server_serve() or ps_builder_build(), or with ps_server_inline() the touching thread in its
+/// handler of SIGBUS. So `tell` waits for no lock that the program holds in such a call. It is a callback: see the top.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_builder_on_failure(
-    builder: *const Builder,
+pub extern "C" fn ps_builder_on_page_failure(
+    builder: *mut Builder,
     tell: Option<extern "C" fn(ctx: *mut c_void, offset: u64, reason: *const c_char)>,
     ctx: *mut c_void,
 ) -> c_int {
-    call::status("ps_builder_on_failure", || {
+    call::status("ps_builder_on_page_failure", || {
         let tell = tell.ok_or_else(|| CallError::argument("the function is NULL"))?;
         let ctx = Context(ctx);
         Builder::borrow(builder)?.change(|builder| {
             builder.on_page_failure(move |offset, failure| {
-                let reason = CString::new(failure.to_string().replace('\0', "?")).unwrap_or_default();
-                tell(ctx.pointer(), offset, reason.as_ptr());
+                let reason = in_c(&failure.to_string()).replace('\0', "?");
+                let reason = CString::new(reason).unwrap_or_default();
+                call::callback(|| tell(ctx.pointer(), offset, reason.as_ptr()));
             })
         });
         Ok(())
@@ -199,25 +204,20 @@ impl Context {
     }
 }
 
-// SAFETY: the header says that a thread of the library calls the function with this pointer.
+// SAFETY: the header says that any thread may call the function with this pointer.
 unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
 
 /// Adds a piece of memory. The program keeps it valid and unchanged until the region is freed.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_add_memory(builder: *const Builder, start: *const c_void, bytes: usize) -> c_int {
+pub extern "C" fn ps_add_memory(builder: *mut Builder, start: *const c_void, bytes: usize) -> c_int {
     call::status("ps_add_memory", || Builder::borrow(builder)?.add(Piece { start, bytes }.memory()?))
 }
 
 /// Adds a part of a file, which is read on first touch. `bytes` may be PS_TO_END.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_add_file(
-    builder: *const Builder,
-    path: *const c_char,
-    offset: u64,
-    bytes: u64,
-) -> c_int {
+pub extern "C" fn ps_add_file(builder: *mut Builder, path: *const c_char, offset: u64, bytes: u64) -> c_int {
     call::status("ps_add_file", || {
         let file = FileSource::open(handle::path(path)?)?;
         Builder::borrow(builder)?.add(range_of(file.into(), Extent { offset, bytes })?)
@@ -228,7 +228,7 @@ pub extern "C" fn ps_add_file(
 /// the file. `bytes` may be PS_TO_END. Call ps_builder_writable() before it to write to the file through the region.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_add_file_in_place(
-    builder: *const Builder,
+    builder: *mut Builder,
     path: *const c_char,
     offset: u64,
     bytes: u64,
@@ -242,7 +242,7 @@ pub extern "C" fn ps_add_file_in_place(
 
 /// As ps_add_file_in_place(), for an open file or memfd. The descriptor is duplicated.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_add_fd(builder: *const Builder, fd: c_int, offset: u64, bytes: u64) -> c_int {
+pub extern "C" fn ps_add_fd(builder: *mut Builder, fd: c_int, offset: u64, bytes: u64) -> c_int {
     call::status("ps_add_fd", || {
         Builder::borrow(builder)?.add(range_of(shared(fd)?.into(), Extent { offset, bytes })?)
     })
@@ -254,23 +254,25 @@ fn shared(fd: c_int) -> Result<Arc<SharedFile>, CallError> {
 
 /// Adds zeros.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_add_hole(builder: *const Builder, bytes: u64) -> c_int {
+pub extern "C" fn ps_add_hole(builder: *mut Builder, bytes: u64) -> c_int {
     call::status("ps_add_hole", || Builder::borrow(builder)?.add(Chunk::hole(bytes)))
 }
 
 /// Adds a source that the program implements. The struct is copied. Its function `release` is called also if this
-/// call fails, unless the struct is refused.
+/// call fails, unless the struct is refused: if its pointer, `size`, `read_at` or `name` is wrong.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_add_source(builder: *const Builder, source: *const Source) -> c_int {
+pub extern "C" fn ps_add_source(builder: *mut Builder, source: *const Source) -> c_int {
     call::status("ps_add_source", || {
-        let builder = Builder::borrow(builder)?;
-        builder.add(Chunk::source(Arc::new(CSource::read(source)?)))
+        // First, because the library releases the source if the builder is refused.
+        let source = CSource::read(source)?;
+        Builder::borrow(builder)?.add(Chunk::source(Arc::new(source)))
     })
 }
 
-/// Adds memory of a shared mapping of this process, in whole pages, whatever file it shows: without a copy.
+/// Adds memory of a shared mapping of this process, in whole pages, whatever file it shows: without a copy. The region
+/// has a mapping of its own, so that the program may unmap its one.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_add_alias(builder: *const Builder, start: *const c_void, bytes: usize) -> c_int {
+pub extern "C" fn ps_add_alias(builder: *mut Builder, start: *const c_void, bytes: usize) -> c_int {
     call::status("ps_add_alias", || {
         let builder = Builder::borrow(builder)?;
         let (start, bytes) = Piece { start, bytes }.checked()?;
@@ -281,14 +283,18 @@ pub extern "C" fn ps_add_alias(builder: *const Builder, start: *const c_void, by
     })
 }
 
-/// Adds physical memory, through /dev/mem: `address` and `bytes` are whole pages.
+/// Adds physical memory, through /dev/mem: `address` and `bytes` are whole pages. The program vouches that reads of it
+/// (and writes, after ps_builder_writable()) disturb neither the kernel nor a device: it is reserved memory, or that
+/// of a device that allows accesses of any size.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_add_physical(builder: *const Builder, address: u64, bytes: u64) -> c_int {
+pub extern "C" fn ps_add_physical(builder: *mut Builder, address: u64, bytes: u64) -> c_int {
     call::status("ps_add_physical", || {
         let builder = Builder::borrow(builder)?;
         let end = address.checked_add(bytes);
         let end = end.ok_or_else(|| {
-            CallError::argument(format_args!("{bytes} bytes from {address:#x} on end past 2^64"))
+            CallError::argument(format_args!(
+                "{bytes} bytes from {address:#x} on reach 2^64, and no memory does"
+            ))
         })?;
         // SAFETY: the caller vouches for accesses of this range, as the header says.
         let physical = unsafe { Physical::dev_mem(address..end, builder.access(), Caching::Cached) }?;
@@ -297,13 +303,15 @@ pub extern "C" fn ps_add_physical(builder: *const Builder, address: u64, bytes: 
 }
 
 /// Adds the page frames behind private memory of this process, found by pagemap and mapped through /dev/mem, in whole
-/// pages: without a copy. The frames are pinned. Most kernels refuse it (CONFIG_STRICT_DEVMEM).
+/// pages: without a copy. The frames are pinned. Until the region is freed, the program keeps the memory mapped where it
+/// is: no munmap(), no MADV_DONTNEED, no mapping over it. Most kernels refuse it (CONFIG_STRICT_DEVMEM).
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_add_frames(builder: *const Builder, start: *const c_void, bytes: usize) -> c_int {
+pub extern "C" fn ps_add_frames(builder: *mut Builder, start: *const c_void, bytes: usize) -> c_int {
     call::status("ps_add_frames", || {
         let builder = Builder::borrow(builder)?;
         let (start, bytes) = Piece { start, bytes }.checked()?;
-        // SAFETY: the caller passes memory of its own, which stays mapped until the region is freed.
+        // SAFETY: the caller passes memory of its own, which stays mapped until the region is freed, as the header
+        // says. Programs of C have no references of Rust to it.
         let frames = unsafe { Physical::own_memory(start, bytes, builder.access()) }?;
         frames.into_iter().try_for_each(|part| builder.add(part))
     })
@@ -312,7 +320,7 @@ pub extern "C" fn ps_add_frames(builder: *const Builder, start: *const c_void, b
 /// Builds the region. The builder is empty afterwards, also after an error, and can be used again.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_builder_build(
-    builder: *const Builder,
+    builder: *mut Builder,
     server: *const Server,
     region: *mut *mut Region,
 ) -> c_int {
@@ -332,9 +340,8 @@ pub extern "C" fn ps_region_of_pieces(
     region: *mut *mut Region,
 ) -> c_int {
     call::status("ps_region_of_pieces", || {
-        stitched(server, region, handle::list(pieces, count, "the list of pieces")?, |builder, piece| {
-            builder.add(piece.memory()?)
-        })
+        let pieces = Listed { noun: "piece", elements: handle::list(pieces, count, "the list", "pieces")? };
+        stitched(server, region, &pieces, |builder, piece| builder.add(piece.memory()?))
     })
 }
 
@@ -349,7 +356,8 @@ pub extern "C" fn ps_region_of_memfd(
 ) -> c_int {
     call::status("ps_region_of_memfd", || {
         let file = shared(fd)?;
-        stitched(server, region, handle::list(parts, count, "the list of parts")?, |builder, part| {
+        let parts = Listed { noun: "part", elements: handle::list(parts, count, "the list", "parts")? };
+        stitched(server, region, &parts, |builder, part| {
             builder.make_writable();
             builder.change(pagestitch::Builder::require_zero_copy);
             builder.add(range_of(Arc::clone(&file).into(), part)?)
@@ -367,7 +375,8 @@ pub extern "C" fn ps_region_of_frames(
     region: *mut *mut Region,
 ) -> c_int {
     call::status("ps_region_of_frames", || {
-        stitched(server, region, handle::list(pieces, count, "the list of pieces")?, |builder, piece| {
+        let pieces = Listed { noun: "piece", elements: handle::list(pieces, count, "the list", "pieces")? };
+        stitched(server, region, &pieces, |builder, piece| {
             let (start, bytes) = piece.checked()?;
             // SAFETY: as in `ps_add_frames`.
             let frames = unsafe { Physical::own_memory(start, bytes, Access::ReadOnly) }?;
@@ -376,17 +385,23 @@ pub extern "C" fn ps_region_of_frames(
     })
 }
 
+/// A list of C, and the word for one of its elements.
+struct Listed<'call, T> {
+    noun: &'static str,
+    elements: &'call [T],
+}
+
 /// A region of a list, in one call.
 fn stitched<T: Copy>(
     server: *const Server,
     region: *mut *mut Region,
-    list: &[T],
+    list: &Listed<'_, T>,
     add: impl Fn(&Builder, T) -> Result<(), CallError>,
 ) -> Result<(), CallError> {
     handle::place(region, "the place for the region")?;
     let (server, builder) = (Server::borrow(server)?, Builder::new());
-    for (number, &element) in list.iter().enumerate() {
-        add(&builder, element).map_err(|error| error.inside_chunk(number))?;
+    for (number, &element) in list.elements.iter().enumerate() {
+        add(&builder, element).map_err(|error| error.of_element(list.noun, number))?;
     }
     builder.build(server)?.give(region)
 }

@@ -1,5 +1,6 @@
 //! The border of a call: no panic crosses it, and its error stays for `ps_last_error()`.
 
+use crate::names::in_c;
 use crate::status::Status;
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char, c_int};
@@ -19,17 +20,18 @@ impl CallError {
         Self { status, message: message.to_string(), errno: 0 }
     }
 
-    pub(crate) fn io(what: &str, error: &std::io::Error) -> Self {
+    /// The kernel refuses a descriptor that the program has passed.
+    pub(crate) fn of_descriptor(fd: c_int, error: &std::io::Error) -> Self {
         Self {
             status: Status::PsIo,
-            message: format!("{what}: {error}"),
+            message: format!("descriptor {fd}: {error}: pass an open one"),
             errno: error.raw_os_error().unwrap_or(0),
         }
     }
 
     /// Names the element of a list that the error is about.
-    pub(crate) fn inside_chunk(mut self, number: usize) -> Self {
-        self.message = format!("element {number}: {}", self.message);
+    pub(crate) fn of_element(mut self, noun: &str, number: usize) -> Self {
+        self.message = format!("{noun} {number}: {}", self.message);
         self
     }
 
@@ -42,13 +44,34 @@ impl<E: Into<pagestitch::Error>> From<E> for CallError {
     fn from(error: E) -> Self {
         let error = error.into();
         let errno = error.raw_os_error().or_else(|| error.io_error()?.raw_os_error());
-        Self { status: Status::of(&error), message: error.to_string(), errno: errno.unwrap_or(0) }
+        Self { status: Status::of(&error), message: in_c(&error.to_string()), errno: errno.unwrap_or(0) }
     }
 }
 
 thread_local! {
     static MESSAGE: RefCell<CString> = RefCell::default();
     static ERRNO: Cell<i32> = const { Cell::new(0) };
+}
+
+thread_local! {
+    static IN_CALLBACK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a function of the program that must not free what calls it: see [`outside_callbacks`].
+pub(crate) fn callback<T>(run: impl FnOnce() -> T) -> T {
+    let outer = IN_CALLBACK.replace(true);
+    let answer = run();
+    IN_CALLBACK.set(outer);
+    answer
+}
+
+/// Refuses a call of a callback that would end, or wait for, the work that waits for the callback.
+pub(crate) fn outside_callbacks() -> Result<(), CallError> {
+    if IN_CALLBACK.get() {
+        let what = "a callback of the program is running in this thread: let it return first";
+        return Err(CallError::new(Status::PsInUse, what));
+    }
+    Ok(())
 }
 
 /// Runs the body of the call `name`, and answers with its status.
@@ -91,13 +114,14 @@ fn keep(name: &str, error: &CallError) {
 }
 
 /// One line about the last call of this thread that failed: the call, the thing and the remedy. Empty if none
-/// has failed. Never NULL. Valid until the next failure in this thread.
+/// has failed. Never NULL. Valid until the next failure in this thread, or its end.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_last_error() -> *const c_char {
     MESSAGE.try_with(|message| message.borrow().as_ptr()).unwrap_or(AT_THREAD_END.as_ptr())
 }
 
-/// The errno of the last call of this thread that failed. 0: the kernel has refused nothing.
+/// The errno of the last call of this thread that failed: that of a refused system call, or that a source's `read_at`
+/// has returned. 0: neither is the reason.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_last_errno() -> c_int {
     ERRNO.get()
@@ -135,7 +159,7 @@ mod tests {
         std::thread::spawn(move || {
             assert_eq!((last_error(), ps_last_errno()), (String::new(), 0));
             let error = std::io::Error::from_raw_os_error(5);
-            let status = status("ps_some_call", || Err(CallError::io("a file", &error)));
+            let status = status("ps_some_call", || Err(CallError::of_descriptor(9, &error)));
             assert_eq!((status, ps_last_errno()), (Status::PsIo as c_int, 5));
         })
         .join()

@@ -1,8 +1,8 @@
 //! [`pagestitch`] for C and C++. The header `include/pagestitch.h` is generated from this crate.
 //!
 //! Each call is one function of the files `server`, `builder` and `region`. `call` runs its
-//! body: it catches panics, and keeps the error for `ps_last_error()`. `handle` checks the
-//! pointers that come in. The modules are private, so that no safe Rust code can pass a wrong
+//! body: it catches panics, and keeps the error for `ps_last_error()`, in the names of C by `names`.
+//! `handle` checks the pointers that come in. The modules are private, so that no safe Rust code can pass a wrong
 //! pointer: Rust programs use `pagestitch`.
 
 #![expect(unsafe_code, reason = "each call takes pointers of C, and its name is a symbol")]
@@ -15,6 +15,7 @@ mod budget;
 mod builder;
 mod call;
 mod handle;
+mod names;
 mod ranges;
 mod region;
 mod server;

@@ -49,8 +49,9 @@ impl Piece {
         let end = start.as_ptr().addr().checked_add(self.bytes);
         if end.is_none() || isize::try_from(self.bytes).is_err() {
             return Err(CallError::argument(format_args!(
-                "the memory has {} bytes, more than there are addresses: pass its length",
-                self.bytes
+                "the memory of {} bytes at {:#x} leaves the address space: pass its length",
+                self.bytes,
+                start.addr()
             )));
         }
         Ok((start, self.bytes))

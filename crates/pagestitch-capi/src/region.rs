@@ -42,6 +42,18 @@ impl Region {
         let message = format!("region {name}: {bytes} bytes from offset {offset} on leave its {len} bytes");
         Err(CallError::new(Status::PsOutOfRange, message))
     }
+
+    /// An error if a buffer is memory of this region, which a call would read and write at once.
+    fn check_foreign(&self, buffer: *const c_void, bytes: usize) -> Result<(), CallError> {
+        let own = self.region.as_ptr().addr().get();
+        let (start, own_end) = (buffer.addr(), own.saturating_add(self.region.len()));
+        if bytes > 0 && start < own_end && start.saturating_add(bytes) > own {
+            return Err(CallError::argument(
+                "the buffer is memory of the region itself: copy by memmove() at ps_region_data_mut()",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// The address of the first byte, valid until the region is freed. NULL: an error.
@@ -54,7 +66,7 @@ pub extern "C" fn ps_region_data(region: *const Region) -> *const c_void {
 
 /// As ps_region_data(), for writing. NULL: an error, also if the region is only read.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_region_data_mut(region: *const Region) -> *mut c_void {
+pub extern "C" fn ps_region_data_mut(region: *mut Region) -> *mut c_void {
     call::value("ps_region_data_mut", std::ptr::null_mut(), || {
         let region = Region::borrow(region)?;
         if region.writable {
@@ -73,7 +85,7 @@ pub extern "C" fn ps_region_bytes(region: *const Region) -> usize {
     call::value("ps_region_bytes", 0, || Ok(Region::borrow(region)?.region.len()))
 }
 
-/// Copies bytes out. Bytes that cannot be had are an error, and not SIGBUS.
+/// Copies bytes out. Bytes that cannot be had are an error, and not SIGBUS. `into` is no memory of the region.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_read(
     region: *const Region,
@@ -84,25 +96,29 @@ pub extern "C" fn ps_region_read(
     call::status("ps_region_read", || {
         let region = Region::borrow(region)?;
         region.check(offset, bytes)?;
+        region.check_foreign(into, bytes)?;
         Ok(region.region.read_at(offset, handle::buffer(into.cast(), bytes, "the buffer")?)?)
     })
 }
 
-/// Copies bytes in, if the region is writable.
+/// Copies bytes in, if the region is writable. `from` is no memory of the region.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_write(
-    region: *const Region,
+    region: *mut Region,
     offset: u64,
     from: *const c_void,
     bytes: usize,
 ) -> c_int {
     call::status("ps_region_write", || {
         let region = Region::borrow(region)?;
-        Ok(region.region.write_at(offset, handle::list(from.cast::<u8>(), bytes, "the buffer")?)?)
+        region.check_foreign(from, bytes)?;
+        Ok(region.region.write_at(offset, handle::list(from.cast::<u8>(), bytes, "the buffer", "bytes")?)?)
     })
 }
 
-/// Fills the absent pages of a range, in this thread. `bytes` may be PS_TO_END.
+/// Fills the absent pages of a range, in this thread; more threads of the library help with a large one. An error if
+/// bytes cannot be had; but the pages of a file in place are mapped, and not read: if the file is truncated, only
+/// ps_region_read() tells. `bytes` may be PS_TO_END.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_populate(region: *const Region, offset: u64, bytes: u64) -> c_int {
     call::status("ps_region_populate", || {
@@ -134,16 +150,15 @@ pub extern "C" fn ps_region_retry_failed(region: *const Region, offset: u64, byt
 /// and unchanged until the region is freed. `offset`, which may be NULL, becomes its offset in the region.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_append(
-    region: *const Region,
+    region: *mut Region,
     start: *const c_void,
     bytes: usize,
     offset: *mut u64,
 ) -> c_int {
     call::status("ps_region_append", || {
+        let place = handle::optional_place(offset, "the place for the offset")?;
         let appended = Region::borrow(region)?.region.append(Piece { start, bytes }.memory()?)?;
-        if !offset.is_null() {
-            handle::place(offset, "the place for the offset")?.write(appended.start as u64);
-        }
+        place.map(|place| place.write(appended.start as u64));
         Ok(())
     })
 }
@@ -152,14 +167,14 @@ pub extern "C" fn ps_region_append(
 /// ps_builder_track_changes(). Read the bytes afterwards: they then include each write that was told.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_changes(
-    region: *const Region,
+    region: *mut Region,
     tell: Option<extern "C" fn(ctx: *mut c_void, offset: u64, bytes: u64)>,
     ctx: *mut c_void,
 ) -> c_int {
     call::status("ps_region_changes", || {
         let tell = tell.ok_or_else(|| CallError::argument("the function is NULL"))?;
         let changes = Region::borrow(region)?.region.changes()?;
-        changes.for_each(|range| tell(ctx, range.start, range.end - range.start));
+        call::callback(|| changes.for_each(|range| tell(ctx, range.start, range.end - range.start)));
         Ok(())
     })
 }
@@ -167,7 +182,7 @@ pub extern "C" fn ps_region_changes(
 /// Writes the pages that were written since the last such call to an open file, each at its offset in the region. All
 /// other pages are holes. Replaces the contents of the file, and does not sync it.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_region_save_changes(region: *const Region, fd: c_int) -> c_int {
+pub extern "C" fn ps_region_save_changes(region: *mut Region, fd: c_int) -> c_int {
     call::status("ps_region_save_changes", || {
         let file = std::fs::File::from(handle::duplicate(fd)?);
         Region::borrow(region)?.region.save_changes(&file)?;
@@ -186,9 +201,7 @@ pub extern "C" fn ps_region_plan(
 ) -> c_int {
     call::status("ps_region_plan", || {
         let plan = Region::borrow(region)?.region.plan().to_string();
-        if !bytes.is_null() {
-            handle::place(bytes, "the place for the length")?.write(plan.len());
-        }
+        handle::optional_place(bytes, "the place for the length")?.map(|place| place.write(plan.len()));
         let into = handle::buffer(into.cast(), room, "the buffer")?;
         let fits = plan.len().min(room.saturating_sub(1));
         into[..fits].copy_from_slice(&plan.as_bytes()[..fits]);
@@ -221,8 +234,12 @@ pub extern "C" fn ps_metric_name(number: usize) -> *const c_char {
     names.get(number).map_or(std::ptr::null(), |name| name.as_ptr())
 }
 
-/// Frees the region: its addresses become invalid. Waits for reads of its sources. NULL is ignored.
+/// Frees the region: its addresses become invalid. Waits for reads of its sources. NULL is ignored. A callback cannot
+/// call it, except for `release` of a source.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_free(region: *mut Region) -> c_int {
-    call::status("ps_region_free", || Region::free(region).map(drop))
+    call::status("ps_region_free", || {
+        call::outside_callbacks()?;
+        Region::free(region).map(drop)
+    })
 }

@@ -5,7 +5,7 @@ use crate::handle::{self, Handle};
 use pagestitch::{BestServer, Eager, Inline, Manual, Pool};
 use std::ffi::c_int;
 use std::mem::offset_of;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,7 +21,27 @@ enum Kind {
     Best(BestServer),
     Inline,
     Eager,
-    Manual(Box<Mutex<Manual>>),
+    Manual(Box<ManualServer>),
+}
+
+/// A manual server. All but its service goes on while a thread serves, and in the callbacks of that thread.
+#[derive(Debug)]
+struct ManualServer {
+    service: Mutex<Manual>,
+    /// The descriptor of the service, which lives as long.
+    fd: RawFd,
+    of_builder: pagestitch::Server,
+}
+
+impl ManualServer {
+    fn new() -> Result<Self, pagestitch::Error> {
+        let manual = Manual::new()?;
+        Ok(Self { fd: manual.as_raw_fd(), of_builder: (&manual).into(), service: Mutex::new(manual) })
+    }
+
+    fn serve(&self, most: usize) -> usize {
+        self.service.lock().unwrap_or_else(PoisonError::into_inner).serve_ready(most)
+    }
 }
 
 impl Handle for Server {
@@ -36,11 +56,11 @@ impl Server {
             Kind::Best(best) => best.into(),
             Kind::Inline => Inline.into(),
             Kind::Eager => Eager.into(),
-            Kind::Manual(manual) => (&*locked(manual)).into(),
+            Kind::Manual(manual) => manual.of_builder.clone(),
         }
     }
 
-    fn manual(&self) -> Result<&Mutex<Manual>, CallError> {
+    fn manual(&self) -> Result<&ManualServer, CallError> {
         match &self.kind {
             Kind::Manual(manual) => Ok(manual),
             _ => Err(CallError::argument(
@@ -48,10 +68,6 @@ impl Server {
             )),
         }
     }
-}
-
-fn locked(manual: &Mutex<Manual>) -> std::sync::MutexGuard<'_, Manual> {
-    manual.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Options of a pool. Zero stands for the default in all fields but `size`.
@@ -129,11 +145,11 @@ pub extern "C" fn ps_server_eager(server: *mut *mut Server) -> c_int {
 }
 
 /// A server without threads, for an event loop: wait for its descriptor, then call ps_server_serve(). The thread
-/// that serves must not touch the regions.
+/// that serves must not touch the regions. Free it after its regions: without it, a touch of them raises SIGSEGV.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_server_manual(server: *mut *mut Server) -> c_int {
     call::status("ps_server_manual", || {
-        Server { kind: Kind::Manual(Box::new(Mutex::new(Manual::new()?))) }.give(server)
+        Server { kind: Kind::Manual(Box::new(ManualServer::new()?)) }.give(server)
     })
 }
 
@@ -142,26 +158,32 @@ pub extern "C" fn ps_server_manual(server: *mut *mut Server) -> c_int {
 pub extern "C" fn ps_server_fd(server: *const Server) -> c_int {
     let mut fd = -1;
     let status = call::status("ps_server_fd", || {
-        fd = locked(Server::borrow(server)?.manual()?).as_raw_fd();
+        fd = Server::borrow(server)?.manual()?.fd;
         Ok(())
     });
     if status < 0 { status } else { fd }
 }
 
-/// Serves up to `most` faults of a manual server, without waiting. `served` may be NULL.
+/// Serves up to `most` faults of a manual server, without waiting for more. One thread serves at a time: others wait.
+/// A callback cannot call it. `served` may be NULL.
 #[unsafe(no_mangle)]
-pub extern "C" fn ps_server_serve(server: *const Server, most: usize, served: *mut usize) -> c_int {
+pub extern "C" fn ps_server_serve(server: *mut Server, most: usize, served: *mut usize) -> c_int {
     call::status("ps_server_serve", || {
-        let faults = locked(Server::borrow(server)?.manual()?).serve_ready(most);
-        if !served.is_null() {
-            handle::place(served, "the place for the number of faults")?.write(faults);
-        }
+        let place = handle::optional_place(served, "the place for the number of faults")?;
+        let server = Server::borrow(server)?.manual()?;
+        call::outside_callbacks()?;
+        let faults = server.serve(most);
+        place.map(|place| place.write(faults));
         Ok(())
     })
 }
 
-/// Gives the server up. A pool goes on until its last region is freed. NULL is ignored.
+/// Gives the server up. A pool goes on until its last region is freed. A manual server ends now: free its regions
+/// first. NULL is ignored. A callback cannot call it, except for `release` of a source.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_server_free(server: *mut Server) -> c_int {
-    call::status("ps_server_free", || Server::free(server).map(drop))
+    call::status("ps_server_free", || {
+        call::outside_callbacks()?;
+        Server::free(server).map(drop)
+    })
 }

@@ -1,14 +1,14 @@
 //! Sources that C implements.
 
-use crate::call::CallError;
+use crate::call::{self, CallError};
 use crate::handle;
 use std::ffi::{c_char, c_int, c_void};
 use std::io;
 use std::mem::offset_of;
 use std::ptr::NonNull;
 
-/// A source that the program implements. Its functions are called from any thread, several at once, and must
-/// neither touch a region nor leave by longjmp() or an exception.
+/// A source that the program implements. Any thread calls its functions, several at once. They are callbacks: see the
+/// top.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Source {
@@ -22,7 +22,7 @@ pub struct Source {
     /// had: a touch of the page is then SIGBUS.
     pub read_at:
         Option<extern "C" fn(ctx: *mut c_void, offset: u64, into: *mut c_void, count: usize) -> c_int>,
-    /// Called once, when no region uses the source any more. May be NULL.
+    /// Called once, when no region uses the source any more, and never in a forked child. May be NULL.
     pub release: Option<extern "C" fn(ctx: *mut c_void)>,
     /// The preferred size of a read in bytes, for compressed or remote sources. 0: no preference.
     pub granularity: u64,
@@ -54,6 +54,8 @@ pub(crate) struct CSource {
     release: Option<extern "C" fn(*mut c_void)>,
     granularity: u64,
     name: String,
+    /// The process that releases it.
+    process: u32,
 }
 
 // SAFETY: the header asks that the functions may be called with `ctx` from any thread.
@@ -74,7 +76,8 @@ impl CSource {
             }
         };
         let Source { ctx, bytes, release, granularity, .. } = source;
-        Ok(Self { ctx: NonNull::new(ctx), bytes, read_at, release, granularity: granularity.max(1), name })
+        let (ctx, granularity, process) = (NonNull::new(ctx), granularity.max(1), std::process::id());
+        Ok(Self { ctx, bytes, read_at, release, granularity, name, process })
     }
 
     fn ctx(&self) -> *mut c_void {
@@ -88,7 +91,8 @@ impl pagestitch::Source for CSource {
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        match (self.read_at)(self.ctx(), offset, into.as_mut_ptr().cast(), into.len()) {
+        let (start, count) = (into.as_mut_ptr().cast(), into.len());
+        match call::callback(|| (self.read_at)(self.ctx(), offset, start, count)) {
             0 => Ok(()),
             errno if errno > 0 => Err(io::Error::from_raw_os_error(errno)),
             other => Err(io::Error::other(format!("read_at returned {other}, and not an errno"))),
@@ -106,7 +110,9 @@ impl pagestitch::Source for CSource {
 
 impl Drop for CSource {
     fn drop(&mut self) {
-        if let Some(release) = self.release {
+        // A forked child has a copy of the source: the parent still uses it.
+        let release = self.release.filter(|_| self.process == std::process::id());
+        if let Some(release) = release {
             release(self.ctx());
         }
     }

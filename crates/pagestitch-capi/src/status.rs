@@ -34,7 +34,7 @@ pub enum Status {
     PsForkedChild = -11,
     /// The server cannot serve such a region.
     PsUnsuitableServer = -12,
-    /// A piece is memory of another region of the same server.
+    /// A chunk is memory of another region of the same server.
     PsNestedRegion = -13,
     /// A byte would have to be copied, and the builder requires zero-copy.
     PsNotZeroCopy = -14,
@@ -52,7 +52,7 @@ pub enum Status {
     PsLimitReached = -20,
     /// The kernel has no memory.
     PsOutOfMemory = -21,
-    /// Another region has the thing: drop it first.
+    /// A call or the kernel still uses the thing: let that end first.
     PsInUse = -22,
     /// The bytes of a page cannot be had, because its source has failed.
     PsSourceFailed = -23,

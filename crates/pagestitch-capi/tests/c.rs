@@ -51,7 +51,7 @@ fn compare(file: &str, content: &str) {
 #[test]
 fn c_programs_use_each_call_with_each_server() {
     let folder = tempfile::tempdir().unwrap();
-    for (seed, compiler) in COMPILERS.iter().enumerate().filter(|(_, compiler)| is_there(compiler.command)) {
+    for compiler in compilers() {
         let program = compiler.build("tests/c/calls.c", folder.path(), &[]);
         let servers: &[_] = match compiler.command {
             "gcc" => &["pool", "inline", "eager", "best"],
@@ -60,15 +60,61 @@ fn c_programs_use_each_call_with_each_server() {
         for server in servers {
             run(Command::new(&program).arg(server).arg(folder.path()));
         }
-        for threads in ["tests/c/manual.c", "tests/c/thread_end.c"] {
-            run(&mut Command::new(compiler.build(threads, folder.path(), &["-pthread"])));
-        }
-        let debug = if cfg!(debug_assertions) { "-DDEBUG_ASSERTIONS" } else { "-DRELEASE" };
-        run(&mut Command::new(compiler.build("tests/c/bad_input.c", folder.path(), &[debug])));
-        let random = compiler.build("tests/c/random_calls.c", folder.path(), &[debug]);
-        run(Command::new(&random).args([&seed.to_string(), "3000"]));
     }
 }
+
+#[test]
+fn wrong_arguments_are_errors_that_name_the_thing_and_the_remedy() {
+    each_compiler_runs("bad_input", &[]);
+}
+
+#[test]
+fn random_calls_return_with_a_line_for_each_error() {
+    let folder = tempfile::tempdir().unwrap();
+    for (seed, compiler) in compilers().enumerate() {
+        let program = compiler.build("tests/c/random_calls.c", folder.path(), &[ASSERTIONS]);
+        run(Command::new(&program).args([&seed.to_string(), "3000"]));
+    }
+}
+
+#[test]
+fn an_event_loop_serves_the_faults_of_another_thread() {
+    each_compiler_runs("manual", &[]);
+}
+
+#[test]
+fn calls_at_the_end_of_a_thread_return_their_errors() {
+    each_compiler_runs("thread_end", &[]);
+}
+
+#[test]
+fn callbacks_ask_regions_and_free_none_and_a_source_is_released_once() {
+    each_compiler_runs("callbacks", &[]);
+}
+
+#[test]
+fn truncated_files_forks_and_freed_manual_servers_give_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    each_compiler_runs("ends", &[folder.path()]);
+}
+
+#[test]
+fn threads_share_the_handles_of_a_server_a_builder_a_budget_and_a_region() {
+    each_compiler_runs("threads", &[]);
+}
+
+/// Builds a file of `tests/c` by each compiler, and runs it.
+fn each_compiler_runs(program: &str, arguments: &[&Path]) {
+    let folder = tempfile::tempdir().unwrap();
+    for compiler in compilers() {
+        let flags = ["-pthread", ASSERTIONS];
+        let program = compiler.build(&format!("tests/c/{program}.c"), folder.path(), &flags);
+        run(Command::new(program).args(arguments));
+    }
+}
+
+/// Tells a program whether the library finds freed handles.
+const ASSERTIONS: &str = if cfg!(debug_assertions) { "-DDEBUG_ASSERTIONS" } else { "-DRELEASE" };
 
 /// Valgrind has no userfaultfd, so it runs the eager server.
 #[test]
@@ -85,7 +131,7 @@ fn the_library_reads_and_frees_its_memory_correctly_under_valgrind() {
 #[test]
 fn the_examples_run_as_c_and_as_cpp() {
     let folder = tempfile::tempdir().unwrap();
-    for compiler in COMPILERS.iter().filter(|compiler| is_there(compiler.command)) {
+    for compiler in compilers() {
         let view = compiler.build("../../examples/c/contiguous_view.c", folder.path(), &[]);
         assert_eq!(run(&mut Command::new(view)), "29997 bytes: aabc\n");
         let answers = compiler.build("../../examples/c/three_answers.c", folder.path(), &[]);
@@ -129,6 +175,10 @@ const COMPILERS: [Compiler; 5] = [
         library: "so",
     },
 ];
+
+fn compilers() -> impl Iterator<Item = &'static Compiler> {
+    COMPILERS.iter().filter(|compiler| is_there(compiler.command))
+}
 
 impl Compiler {
     fn build(&self, source: &str, into: &Path, more: &[&str]) -> PathBuf {

@@ -82,18 +82,20 @@ static void chunks(ps_server *server) {
     FAILS(ps_builder_build(builder, server, NULL), PS_INVALID_ARGUMENT, "null pointer");
     FAILS(ps_builder_build(NULL, server, &region), PS_INVALID_ARGUMENT, "builder");
     FAILS(ps_builder_name(builder, NULL), PS_INVALID_ARGUMENT, "name");
-    FAILS(ps_builder_on_failure(builder, NULL, NULL), PS_INVALID_ARGUMENT, "NULL");
+    FAILS(ps_builder_on_page_failure(builder, NULL, NULL), PS_INVALID_ARGUMENT, "NULL");
     FAILS(ps_add_memory(builder, NULL, 5), PS_INVALID_ARGUMENT, "null pointer");
-    FAILS(ps_add_memory(builder, &byte, SIZE_MAX), PS_INVALID_ARGUMENT, "addresses");
+    FAILS(ps_add_memory(builder, &byte, SIZE_MAX), PS_INVALID_ARGUMENT, "address space");
     FAILS(ps_add_file(builder, "/nowhere/at/all", 0, 1), PS_IO, "/nowhere/at/all");
     CHECK(ps_last_errno() == ENOENT);
     FAILS(ps_add_file(builder, NULL, 0, 1), PS_INVALID_ARGUMENT, "path");
     FAILS(ps_add_file(builder, "/", 0, 1), PS_UNUSABLE_FILE, "/");
     FAILS(ps_add_fd(builder, -1, 0, 1), PS_INVALID_ARGUMENT, "-1");
-    FAILS(ps_add_fd(builder, 999999, 0, 1), PS_IO, "descriptor");
+    FAILS(ps_add_fd(builder, 999999, 0, 1), PS_IO, "descriptor 999999");
+    CHECK(ps_last_errno() == EBADF);
     FAILS(ps_add_file(builder, "/proc/self/exe", UINT64_MAX, 5), PS_INVALID_ARGUMENT, "2^64");
     FAILS(ps_add_alias(builder, &byte, 1), PS_UNUSABLE_MEMORY, "");
-    FAILS(ps_add_physical(builder, UINT64_MAX, 4096), PS_INVALID_ARGUMENT, "2^64");
+    FAILS(ps_add_physical(builder, UINT64_MAX, 4096), PS_INVALID_ARGUMENT, "reach 2^64");
+    FAILS(ps_add_physical(builder, UINT64_MAX - 4095, 4096), PS_INVALID_ARGUMENT, "reach 2^64");
     FAILS(ps_add_source(builder, NULL), PS_INVALID_ARGUMENT, "ps_source");
     ps_source source;
     memset(&source, 0, sizeof source);
@@ -112,8 +114,8 @@ static void chunks(ps_server *server) {
     FAILS(ps_region_of_pieces(server, NULL, 3, &region), PS_INVALID_ARGUMENT, "list");
     FAILS(ps_region_of_pieces(server, NULL, 0, &region), PS_NO_CHUNKS, "");
     ps_piece pieces[] = { { &byte, 1 }, { NULL, 5 } };
-    FAILS(ps_region_of_pieces(server, pieces, 2, &region), PS_INVALID_ARGUMENT, "element 1");
-    FAILS(ps_region_of_pieces(server, pieces, SIZE_MAX, &region), PS_INVALID_ARGUMENT, "elements");
+    FAILS(ps_region_of_pieces(server, pieces, 2, &region), PS_INVALID_ARGUMENT, "piece 1: ");
+    FAILS(ps_region_of_pieces(server, pieces, SIZE_MAX, &region), PS_INVALID_ARGUMENT, " pieces, more");
     CHECK(region == NULL);
 }
 
@@ -129,11 +131,13 @@ static void ranges(ps_server *server) {
     OK(ps_region_read(region, 0, NULL, 0));
     /* A length of more than the buffer has, and than the region. */
     FAILS(ps_region_read(region, 0, into, 1 << 30), PS_OUT_OF_RANGE, "5000");
-    FAILS(ps_region_append(region, bytes, 1, NULL), PS_INVALID_OPTION, "capacity");
+    FAILS(ps_region_append(region, bytes, 1, NULL), PS_INVALID_OPTION, "call ps_builder_capacity() before the build");
     FAILS(ps_region_changes(region, NULL, NULL), PS_INVALID_ARGUMENT, "NULL");
-    FAILS(ps_region_changes(region, changed, NULL), PS_OPTION_CONFLICT, "track_changes");
+    FAILS(ps_region_changes(region, changed, NULL), PS_OPTION_CONFLICT, "call ps_builder_track_changes() before the build");
     FAILS(ps_region_save_changes(region, -1), PS_INVALID_ARGUMENT, "-1");
-    FAILS(ps_region_write(region, 0, into, 1), PS_READ_ONLY, "");
+    FAILS(ps_region_write(region, 0, into, 1), PS_READ_ONLY, "call ps_builder_writable() before the build");
+    FAILS(ps_region_write(region, 0, NULL, 1), PS_INVALID_ARGUMENT, "buffer");
+    FAILS(ps_region_write(region, 0, into, SIZE_MAX), PS_INVALID_ARGUMENT, "18446744073709551615 bytes");
     CHECK(!ps_region_data_mut(region) && strstr(ps_last_error(), "ps_builder_writable"));
     CHECK(!ps_region_data(NULL) && strstr(ps_last_error(), "null pointer"));
     CHECK(ps_region_bytes(NULL) == 0);
@@ -141,6 +145,70 @@ static void ranges(ps_server *server) {
     FAILS(ps_region_metric(region, "nonsense", &value), PS_INVALID_ARGUMENT, "nonsense");
     FAILS(ps_region_metric(region, "faults", NULL), PS_INVALID_ARGUMENT, "value");
     OK(ps_region_free(region));
+}
+
+/* Buffers that are memory of the region itself, and places that are not aligned: nothing happens. */
+static void wrong_places(ps_server *server) {
+    ps_builder *builder;
+    ps_region *region;
+    uint64_t places[2];
+    uint64_t *odd = (uint64_t *)((char *)places + 1);
+    OK(ps_builder_new(&builder));
+    OK(ps_builder_writable(builder));
+    OK(ps_builder_capacity(builder, 1 << 20));
+    OK(ps_add_memory(builder, "bytes", 5));
+    OK(ps_builder_build(builder, server, &region));
+    OK(ps_builder_free(builder));
+    char *own = (char *)ps_region_data_mut(region);
+    FAILS(ps_region_read(region, 0, own + 2, 3), PS_INVALID_ARGUMENT, "memory of the region itself");
+    FAILS(ps_region_write(region, 0, own + 2, 3), PS_INVALID_ARGUMENT, "memory of the region itself");
+    FAILS(ps_region_append(region, "more", 4, odd), PS_INVALID_ARGUMENT, "odd address");
+    CHECK(!memcmp(own, "bytes", 5) && ps_region_bytes(region) == 5);
+    OK(ps_region_free(region));
+}
+
+static int set_option(ps_builder *builder, int option, const ps_budget *budget) {
+    switch (option) {
+    case 0: return ps_builder_writable(builder);
+    case 1: return ps_builder_budget(builder, budget);
+    case 2: return ps_builder_inherit_on_fork(builder);
+    case 3: return ps_builder_track_changes(builder);
+    case 4: return ps_builder_capacity(builder, 1 << 20);
+    case 5: return ps_builder_require_zero_copy(builder);
+    default: return ps_builder_page_aligned(builder);
+    }
+}
+
+/* All sets of options with all servers: an error names the options of C. */
+static void option_conflicts(void) {
+    enum { OPTIONS = 7 };
+    static const char byte = 'x';
+    int (*makers[])(ps_server **) = { ps_server_inline, ps_server_eager, ps_server_manual, ps_server_best };
+    int refused = 0;
+    ps_budget *budget;
+    ps_builder *builder;
+    OK(ps_budget_new(1 << 30, &budget));
+    OK(ps_builder_new(&builder));
+    for (int maker = 0; maker < 4; maker++) {
+        ps_server *server;
+        OK(makers[maker](&server));
+        for (int set = 0; set < 1 << OPTIONS; set++) {
+            ps_region *region = NULL;
+            for (int option = 0; option < OPTIONS; option++)
+                OK(set >> option & 1 ? set_option(builder, option, budget) : 0);
+            OK(ps_add_memory(builder, &byte, 1));
+            OK(ps_add_hole(builder, 4096));
+            if (ps_builder_build(builder, server, &region)) {
+                CHECK(has_names_of_c(ps_last_error()) && !strstr(ps_last_error(), "write_back"));
+                refused++;
+            }
+            OK(ps_region_free(region));
+        }
+        OK(ps_server_free(server));
+    }
+    OK(ps_builder_free(builder));
+    OK(ps_budget_free(budget));
+    CHECK(refused > 100);
 }
 
 /* A source that fails: an error of the calls, and SIGBUS for a touch. */
@@ -158,7 +226,7 @@ static void failing_source(ps_server *server) {
     char into[10];
     OK(ps_builder_new(&builder));
     OK(ps_add_source(builder, &source));
-    OK(ps_builder_on_failure(builder, tell, NULL));
+    OK(ps_builder_on_page_failure(builder, tell, NULL));
     OK(ps_builder_build(builder, server, &region));
     OK(ps_builder_free(builder));
     FAILS(ps_region_read(region, 5000, into, 10), PS_SOURCE_FAILED, "broken disk");
@@ -175,6 +243,8 @@ int main(void) {
     freed_handles(server);
     chunks(server);
     ranges(server);
+    wrong_places(server);
+    option_conflicts();
     failing_source(server);
     OK(ps_server_free(server));
     return 0;
