@@ -2,7 +2,7 @@
 //! reason for each copied chunk.
 
 use crate::{PAGE, pattern};
-use pagestitch::source::Memfd;
+use pagestitch::source::{Memfd, SharedFile};
 use pagestitch::{Chunk, ErrorKind, Method, PlanReason, Pool, Region};
 use pagestitch_kernel::memfd::{SealedMemfd, UnsealedMemfd};
 use pagestitch_testkit::{child, this_test};
@@ -205,4 +205,30 @@ fn a_memfd_received_through_a_socket_is_shown_in_place() {
 fn a_descriptor_without_seals_is_refused() {
     let error = Memfd::from_fd(File::open("/proc/self/exe").unwrap().into()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::UnusableFile);
+}
+
+#[test]
+fn a_write_to_padding_that_shows_a_file_is_refused() {
+    let memfd = UnsealedMemfd::create("part", 3 * PAGE as u64).unwrap();
+    memfd.file().write_all_at(&[7; 3 * PAGE], 0).unwrap();
+    let part = || Chunk::from(SharedFile::try_from(&memfd).unwrap()).range(2000..PAGE as u64 + 100);
+    let builder = || Region::builder().writable().page_aligned();
+    let region = builder().chunk(part()).chunk(vec![1; 10]).build_shared(&Pool::new().unwrap()).unwrap();
+    assert_eq!((region.offset_of(0), region.offset_of(1)), (Some(2000), Some(2 * PAGE as u64)));
+    assert_eq!(region.plan().runs()[0].reason, PlanReason::PaddingInPlace, "{}", region.plan());
+    for (at, bytes) in [(0, 1), (1999, 2), (PAGE + 100, 1), (2100, PAGE)] {
+        let error = region.write_at(at as u64, &vec![9; bytes]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
+    }
+    region.write_at(2000, &[9; PAGE - 1900]).unwrap();
+    region.write_at(2 * PAGE as u64, &[9; 10]).unwrap();
+    let mut seen = vec![0; 3 * PAGE];
+    memfd.file().read_exact_at(&mut seen, 0).unwrap();
+    assert!((0..3 * PAGE).all(|at| seen[at] == if (2000..PAGE + 100).contains(&at) { 9 } else { 7 }));
+    // Padding that is no byte of a source may be written: in a page of its own, and beside a private copy.
+    let copied = Chunk::copy_on_write(SharedFile::try_from(&memfd).unwrap()).range(2000..PAGE as u64);
+    let private = builder().chunk(copied).chunk(vec![1; 10]).build_shared(&Pool::new().unwrap()).unwrap();
+    private.write_at(0, &vec![5; private.len()]).unwrap();
+    memfd.file().read_exact_at(&mut seen, 0).unwrap();
+    assert_eq!((seen[0], seen[2000]), (7, 9));
 }

@@ -177,6 +177,7 @@ impl SharedRegion {
     /// ```
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, bytes.len())?;
+        self.refuse_writes_around_chunks(&range)?;
         let write = |part: &Range<u64>| {
             self.any.let_write(part);
             let inside = (part.start - offset) as usize..(part.end - offset) as usize;
@@ -188,6 +189,26 @@ impl SharedRegion {
             }
             written => written.map_err(|errno| refused(&self.any, "written", &range, errno)),
         }
+    }
+
+    /// Refuses a write to padding in a page that shows a source in place: it would change bytes of the source that
+    /// belong to no chunk.
+    fn refuse_writes_around_chunks(&self, range: &Range<u64>) -> Result<(), Error> {
+        let served = &self.any.served;
+        let layout = &served.layout;
+        for padding in layout.padding_in(range) {
+            let pages = served.page_size().covering(&padding);
+            let shown = pages.iter().find_map(|page| Some(served.in_place.prefix(page.span())?.1));
+            if let Some(shown) = shown.filter(|shown| layout.backing_of(shown.chunk).is_shared_in_place()) {
+                let source = layout.backing_of(shown.chunk).source().name();
+                let what = format!(
+                    "bytes {}..{} are padding in pages that show {source}, and a write would change it outside its chunks: write the ranges of chunks (chunk_ranges())",
+                    padding.start, padding.end
+                );
+                return Err(Error::new(crate::ErrorKind::OutOfRange, what).inside(&served.name));
+            }
+        }
+        Ok(())
     }
 
     /// Runs a kernel access, and repeats it once if lazy pages have left the kernel's page table.

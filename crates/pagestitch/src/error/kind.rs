@@ -54,7 +54,7 @@ pub enum ErrorKind {
     /// An [option](crate::Error::option) excludes another one, or does not apply to this kind of
     /// region: leave it out.
     OptionConflict,
-    /// An offset or range lies outside the region.
+    /// An offset or range lies outside the region, or a write outside the chunks of a source that is shown in place.
     OutOfRange,
     /// The region is only read: build it [`writable()`](crate::Builder::writable).
     ReadOnly,

@@ -9,6 +9,8 @@ use std::fmt;
 pub enum PlanReason {
     /// Padding up to the next chunk's page.
     Padding,
+    /// Padding in pages that show a source in place: the source's bytes around the chunk.
+    PaddingInPlace,
     /// A hole: the kernel's zero page.
     Zeros,
     /// Memory of the process, which has one address.
@@ -78,6 +80,7 @@ impl fmt::Display for PlanReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Padding => "padding up to the next chunk's page",
+            Self::PaddingInPlace => "padding with the source's own bytes around the chunk",
             Self::Zeros => "zeros: the kernel's zero page, no copy",
             Self::Memory => "private memory: copied once, from its own address",
             Self::Fetched => "fetched asynchronously, then copied; no worker waits",

@@ -126,6 +126,15 @@ impl Backing {
         direct.unwrap_or_else(|| Self::Read(ReadSource::new(source, Beside::Promise)))
     }
 
+    /// True if pages of the source are shown in place, and a write to them is one to the source.
+    pub(crate) fn is_shared_in_place(&self) -> bool {
+        match self {
+            Self::Shared(shared) => shared.kind() != SharedKind::CopyOnWrite,
+            Self::Mapped(mapped) => mapped.is_shared_in_place(),
+            _ => false,
+        }
+    }
+
     /// True if each read of a range gives the same bytes, because they cannot change.
     pub(crate) fn is_stable(&self) -> bool {
         match self {

@@ -127,6 +127,11 @@ impl Mapped {
         }
     }
 
+    /// True if a write to the mapping is one to the source.
+    pub(super) const fn is_shared_in_place(&self) -> bool {
+        matches!(self.kind, MappedKind::Shared(Sharing::Shared))
+    }
+
     pub(crate) fn is_copy_on_write(&self) -> bool {
         matches!(self.kind, MappedKind::Shared(Sharing::CopyOnWrite))
     }

@@ -212,7 +212,7 @@ impl Chunk {
     }
 
     /// Starts the chunk at a multiple of `bytes`: for the numbers in it, for a cache line. Padding
-    /// with meaningless bytes fills the gap before it. A region starts at a page, so the chunk's
+    /// fills the gap before it. A region starts at a page, so the chunk's
     /// address is aligned too. [`Builder::align`](crate::Builder::align) aligns all later chunks.
     ///
     /// The build of the region fails if `bytes` is not a power of two, or exceeds the page size.

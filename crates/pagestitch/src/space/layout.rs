@@ -29,7 +29,6 @@ use crate::policy::OnFailure;
 use crate::source::{Backing, Memory, Released, Shared};
 use pagestitch_kernel::append_vec::AppendVec;
 use pagestitch_kernel::cache::prefetch;
-use pagestitch_kernel::shared::Sharing;
 use pagestitch_kernel::{Errno, PageSize};
 use replaced::Replaced;
 use std::iter;
@@ -167,6 +166,13 @@ impl Layout {
     /// True if only padding lies between `start`, an offset in a chunk's first page, and the chunk.
     pub(crate) fn is_free_before(&self, chunk: usize, start: u64) -> bool {
         chunk > 0 && self.is_padding(chunk - 1) && self.offsets_of(chunk - 1).start <= start
+    }
+
+    /// The padding that has bytes of a range of offsets: those bytes.
+    pub(crate) fn padding_in(&self, offsets: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let chunks = if self.padding.is_empty() { 0..0 } else { self.chunks_in(offsets) };
+        let padding = chunks.filter(|&chunk| self.is_padding(chunk)).map(|chunk| self.offsets_of(chunk));
+        padding.map(|of| of.start.max(offsets.start)..of.end.min(offsets.end))
     }
 
     pub(crate) fn is_padding(&self, chunk: usize) -> bool {
@@ -441,13 +447,8 @@ impl Layout {
 
     /// The number and source name of the first chunk that is memory to which others write.
     pub(crate) fn first_written_by_others(&self) -> Option<(usize, String)> {
-        let is_shared = |backing: &Backing| match backing {
-            Backing::Shared(Shared::File(_, sharing)) => *sharing == Sharing::Shared,
-            Backing::Shared(Shared::Alias(_) | Shared::Physical(_) | Shared::Lazy(_)) => true,
-            _ => false,
-        };
-        self.sources.iter().find(|&source| is_shared(source))?;
-        let chunk = (0..self.chunks()).find(|&chunk| is_shared(self.backing_of(chunk)))?;
+        self.sources.iter().find(|&source| source.is_shared_in_place())?;
+        let chunk = (0..self.chunks()).find(|&chunk| self.backing_of(chunk).is_shared_in_place())?;
         Some((self.number_of(chunk), self.backing_of(chunk).source().name()))
     }
 

@@ -8,7 +8,7 @@ use crate::space::mapped_in_place::{is_aligned, whole_pages};
 use pagestitch_kernel::immutable::Grounds;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::shared::Sharing;
-use pagestitch_kernel::{PageSize, Span};
+use pagestitch_kernel::{Page, PageSize, Span};
 use std::fmt;
 use std::ops::Range;
 
@@ -151,10 +151,23 @@ fn same_bytes(mapping: &Mapping, chunk: usize, method: Method) -> Option<SameByt
     })
 }
 
+/// Padding has the bytes of a page that is shown in place, if each of its pages is one.
+fn method_of_padding(mapping: &Mapping, padding: usize) -> (Method, PlanReason) {
+    let pages = mapping.page_size().covering(&mapping.layout.offsets_of(padding));
+    let shows_source = |page: Page| {
+        let run = mapping.in_place.prefix(page.span());
+        run.is_some_and(|(_, run)| !mapping.layout.is_padding(run.chunk))
+    };
+    match pages.iter().all(shows_source) {
+        true => (Method::Map, PlanReason::PaddingInPlace),
+        false => (Method::Zero, PlanReason::Padding),
+    }
+}
+
 fn method_of(mapping: &Mapping, chunk: usize) -> (Method, PlanReason) {
     let backing = mapping.layout.backing_of(chunk);
     match backing {
-        Backing::Hole(_) if mapping.layout.is_padding(chunk) => (Method::Zero, PlanReason::Padding),
+        Backing::Hole(_) if mapping.layout.is_padding(chunk) => method_of_padding(mapping, chunk),
         Backing::Memory(_) => (Method::Copy, PlanReason::Memory),
         Backing::Fetched(_) => (Method::Buffered, PlanReason::Fetched),
         Backing::Read(_) => (Method::Buffered, PlanReason::Read),

@@ -7,8 +7,12 @@ use pagestitch_kernel::PageSize;
 
 impl<S> Builder<S> {
     /// Starts each later chunk in a page of its own, at the same offset within the page as in its
-    /// source, so that it can be mapped in place. Padding with meaningless bytes fills the gaps;
+    /// source, so that it can be mapped in place. Padding fills the gaps;
     /// [`offset_of`](crate::AnyRegion::offset_of) returns where a chunk starts.
+    ///
+    /// Padding in a page that shows a source in place has the bytes that the source has around the chunk. A write
+    /// to it through a pointer changes the source, and [`write_at`](crate::SharedRegion::write_at) refuses it.
+    /// Other padding is zeros.
     ///
     /// A chunk of a file or memfd that is as long as a huge page (2 MiB) starts at the same offset in a
     /// huge page. Where the page cache has huge pages, the kernel then maps 2 MiB with one fault, as
