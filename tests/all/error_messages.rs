@@ -409,6 +409,19 @@ fn the_errors_of_files_name_the_path_and_the_remedy() {
     )]);
 }
 
+#[test]
+fn the_error_of_a_write_to_padding_names_the_ranges_to_write() {
+    let memfd = UnsealedMemfd::create("part", 10).unwrap();
+    let part = Chunk::from(SharedFile::try_from(&memfd).unwrap()).range(3..5);
+    let region = named().page_aligned().writable().chunk(part).build_shared(&Pool::new().unwrap()).unwrap();
+    check([(
+        region.write_at(0, b"no").unwrap_err(),
+        String::from(
+            "region r: bytes 0..2 are padding in pages that show /memfd:part (deleted), and a write would change it outside its chunks: write the ranges of chunks (chunk_ranges())",
+        ),
+    )]);
+}
+
 /// Answers no request.
 struct Silent;
 

@@ -27,7 +27,7 @@ use direct::DirectReads;
 use nix::sys::mman::ProtFlags;
 use nix::sys::resource::{UsageWho, getrusage};
 use pagestitch::source::{FileSource, WritableFile};
-use pagestitch::{Budget, Chunk, Error, ErrorKind, Pool, Region, SharedRegion, WriteBack};
+use pagestitch::{Budget, Chunk, Error, ErrorKind, Inline, Pool, Region, Server, SharedRegion, WriteBack};
 use serde::{Deserialize, Serialize};
 use std::env;
 use std::fs::File;
@@ -49,6 +49,8 @@ pub(crate) enum Way {
     Region,
     /// A region with a budget, whose pages are read around the page cache where the file system can.
     RegionDirect,
+    /// As [`RegionDirect`](Self::RegionDirect), served inline.
+    InlineDirect,
     /// Reads of single pages into a buffer, around the page cache: the most that the disk gives.
     DirectReads,
     /// A plain `mmap`, with the kernel's readahead.
@@ -125,11 +127,9 @@ impl ReadTask {
             Way::Region if self.pattern == Pattern::HalfWriting => self.write_region(),
             Way::MmapRandom if self.pattern == Pattern::HalfWriting => self.write_mmap(),
             Way::DirectReads => self.read_direct(),
-            Way::Region => self.read_region(FileSource::open(&self.file)),
-            Way::RegionDirect => {
-                let file = FileSource::open(&self.file).and_then(FileSource::direct);
-                self.read_region(file.or_else(|_| FileSource::open(&self.file)))
-            }
+            Way::Region => self.read_region(FileSource::open(&self.file), &pool()),
+            Way::RegionDirect => self.read_region(self.direct_file(), &pool()),
+            Way::InlineDirect => self.read_region(self.direct_file(), Inline),
             Way::Mmap => self.read_mmap(Advice::Normal),
             Way::MmapRandom => self.read_mmap(Advice::Random),
             Way::MmapSequential => self.read_mmap(Advice::Sequential),
@@ -140,13 +140,17 @@ impl ReadTask {
         Trace::new(self.pattern, (pages, self.memory as usize / PAGE), self.touches, self.seed)
     }
 
-    fn read_region(&self, file: Result<FileSource, Error>) -> Figures {
+    fn direct_file(&self) -> Result<FileSource, Error> {
+        let file = FileSource::open(&self.file).and_then(FileSource::direct);
+        file.or_else(|_| FileSource::open(&self.file))
+    }
+
+    fn read_region(&self, file: Result<FileSource, Error>, server: impl Into<Server>) -> Figures {
         let budget = self.budget();
-        let pool = Pool::new().expect("a pool");
         let region = Region::builder()
             .chunk(file.expect("the file"))
             .budget(&budget)
-            .build_shared(&pool)
+            .build_shared(server)
             .expect("a region");
         let trace = self.trace(region.len() / PAGE);
         let words = Words::of(&region);
@@ -156,13 +160,13 @@ impl ReadTask {
     }
 
     fn write_region(&self) -> Figures {
-        let (budget, pool) = (self.budget(), Pool::new().expect("a pool"));
+        let budget = self.budget();
         let file = WritableFile::open(&self.file).expect("the file");
         let region = Region::builder()
             .chunk(Chunk::writable(Arc::new(file)))
             .budget(&budget)
             .write_back(WriteBack::ToSource)
-            .build_shared(&pool)
+            .build_shared(&pool())
             .expect("a region");
         let trace = self.trace(region.len() / PAGE);
         let words = Words::of(&region);
@@ -250,6 +254,10 @@ impl ReadTask {
     fn open_for_writes(&self) -> File {
         File::options().read(true).write(true).open(&self.file).expect("the file")
     }
+}
+
+fn pool() -> Pool {
+    Pool::new().expect("a pool")
 }
 
 /// Fills the memory of a reader.

@@ -148,9 +148,10 @@ fn from_file(options: &Options) -> Vec<Case> {
 /// The regions that suit a pattern.
 const fn regions(pattern: Pattern) -> &'static [(&'static str, Way)] {
     match pattern {
-        Pattern::Misses => &[("pool, budget, direct", Way::RegionDirect)],
-        Pattern::HalfWriting => &[("pool, budget", Way::Region)],
-        _ => &[("pool, budget", Way::Region), ("pool, budget, direct", Way::RegionDirect)],
+        Pattern::Misses => &[POOL_DIRECT, INLINE_DIRECT],
+        Pattern::HalfWriting => &[POOL],
+        Pattern::Sequential => &[POOL, POOL_DIRECT],
+        _ => &[POOL, POOL_DIRECT, INLINE_DIRECT],
     }
 }
 
@@ -198,6 +199,9 @@ const FILE_POINTS: [(Pattern, usize); 10] = [
     (Pattern::HalfWriting, 1),
     (Pattern::HalfWriting, 16),
 ];
+const POOL: (&str, Way) = ("pool, budget", Way::Region);
+const POOL_DIRECT: (&str, Way) = ("pool, budget, direct", Way::RegionDirect);
+const INLINE_DIRECT: (&str, Way) = ("inline, budget, direct", Way::InlineDirect);
 const FIFO: &str = "plain handler, FIFO";
 const UNLIMITED: &str = "pool, no budget";
 const EAGER: &str = "eager copy";
