@@ -22,22 +22,27 @@ __all__ = ["Error", "File", "Hole", "Pool", "Region"]
 class _Source(Protocol):
     """A source that Python code implements.
 
-    `populate` and `read_at` read it. Its pages are shown after `populate()` of the whole region only, because no Python code
-    can run behind a touch of a page: the touching thread may hold the interpreter's lock.
+    `populate`, `read_at` and the build of an "eager" region read it, in the calling thread. Its pages are shown after `populate()` of
+    the whole region only, because no Python code can run behind a touch of a page: the touching thread may hold the interpreter's lock.
+    It may read other regions, but must not wait for a thread that reads its own one.
     """
 
     @property
     def size(self) -> int:
         """The number of its bytes."""
     def read_at(self, offset: int, length: int) -> bytes:
-        """So many bytes from `offset` on. Any thread may call it."""
+        """So many bytes from `offset` on. Each thread that fills pages calls it, also several at once.
+
+        An exception ends the call that reads. It is the cause of that call's `Error`; an `OSError`, and one that is no `Exception`
+        (`KeyboardInterrupt`), is raised itself.
+        """
 
 class _Open(Protocol):
     def fileno(self) -> int: ...
 
 _Path: TypeAlias = str | PathLike[str]
 _File: TypeAlias = _Path | _Open | int
-_Piece: TypeAlias = Buffer | _Path | _Open | tuple[_File, int, int] | File | Hole | _Source
+_Chunk: TypeAlias = Buffer | _Path | _Open | tuple[_File, int, int] | File | Hole | _Source
 
 class Error(Exception):
     """A region cannot do what was asked; the text names the remedy. Refusals of the kernel are OSError, with their errno."""
@@ -73,21 +78,23 @@ class Pool:
 
 @final
 class Region:
-    """Pieces as one buffer.
+    """Chunks as one buffer.
 
-    A piece is `bytes` or another read-only buffer, a path, an open file, a tuple `(path, offset, length)`, a `File`, a `Hole`, or an object with
+    A chunk is `bytes` or another read-only buffer, a path, an open file, a tuple `(path, offset, length)`, a `File`, a `Hole`, or an object with
     `size` and `read_at(offset, length)`.
     A buffer that can be written is refused: pass `memoryview(x).toreadonly()`, and leave its bytes alone.
 
     `server` is a `Pool`; `"eager"`, which fills the region when it is built; or None, for a pool of the process, or `"eager"`
-    where the process may not use userfaultfd. `page_aligned` starts each piece on a page of its own, with zeros before it.
+    where the process may not use userfaultfd. `page_aligned` starts each chunk in a page of its own, at its offset within a page of
+    its file; `chunks()` tells where. The bytes between chunks mean nothing: they may be those of a file beside its chunk.
     `budget` bounds the bytes of memory of a region that is only read: pages beyond it leave, and come back when they are
-    touched. No piece may be read by Python code then. A child of `fork` (`multiprocessing`) has the region with `inherit_on_fork` only.
+    touched. No chunk may be read by Python code then. A child of `fork` (`multiprocessing`) has the region with `inherit_on_fork` or
+    `"eager"` only; chunks that Python code reads need `"eager"` for it.
     """
 
     def __new__(
         cls,
-        pieces: Iterable[_Piece],
+        chunks: Iterable[_Chunk],
         *,
         name: str = "region",
         server: Pool | str | None = None,
@@ -101,15 +108,15 @@ class Region:
     def write_at(self, offset: int, data: bytes) -> None:
         """Writes bytes from `offset` on, if the region is writable."""
     def populate(self, offset: int = 0, length: int | None = None) -> None:
-        """Fills the absent pages of a range. Other threads run meanwhile."""
+        """Fills the absent pages of a range. Other threads run meanwhile. Pages whose source has failed before are tried again."""
     def prefetch(self, offset: int = 0, length: int | None = None) -> None:
-        """Asks the server to fill the absent pages of a range, and does not wait."""
+        """Asks the server to fill the absent pages of a range, and does not wait. Chunks that Python code reads need `populate`."""
     def plan(self) -> str:
-        """How the pages of each piece come, and why."""
+        """How the pages of each chunk come, and why."""
     def metrics(self) -> dict[str, int]:
         """The counters of the region by name."""
-    def pieces(self) -> list[tuple[int, int]]:
-        """The offset and length of each piece."""
+    def chunks(self) -> list[tuple[int, int]]:
+        """The offset and length of each chunk."""
     def close(self) -> None:
         """Gives the addresses up. Raises BufferError while a memoryview or an array shows them."""
     @property

@@ -1,5 +1,7 @@
 //! Errors as exceptions.
 
+use crate::raised::Raised;
+use pagestitch::ErrorKind;
 use pyo3::PyErr;
 use pyo3::exceptions::{PyException, PyIndexError, PyOSError};
 
@@ -12,16 +14,25 @@ pyo3::create_exception!(
 
 /// An error of the library as an exception: `OSError` where the kernel has refused a step, with its number.
 pub(crate) fn exception(error: &pagestitch::Error) -> PyErr {
-    let message = error.to_string();
-    let errno = error.raw_os_error().or_else(|| error.io_error()?.raw_os_error());
-    match errno {
-        Some(errno) => PyOSError::new_err((errno, message)),
-        None if error.kind() == pagestitch::ErrorKind::OutOfRange => PyIndexError::new_err(message),
-        None => Error::new_err(message),
-    }
+    with_message(error, error.to_string())
 }
 
-/// The error of opening a piece, in the words of the library.
+/// The error of opening a file, in the words of the library.
 pub(crate) fn of(error: impl Into<pagestitch::Error>) -> PyErr {
     exception(&error.into())
+}
+
+/// The error of a descriptor, in the words of the library.
+pub(crate) fn of_descriptor(number: i32, error: impl Into<pagestitch::Error>) -> PyErr {
+    let error = error.into();
+    with_message(&error, format!("descriptor {number}: {error}"))
+}
+
+fn with_message(error: &pagestitch::Error, message: String) -> PyErr {
+    let of_kernel = || error.raw_os_error().or_else(|| error.io_error()?.raw_os_error());
+    match Raised::inside(error).map_or_else(of_kernel, Raised::errno) {
+        Some(errno) => PyOSError::new_err((errno, message)),
+        None if error.kind() == ErrorKind::OutOfRange => PyIndexError::new_err(message),
+        None => Error::new_err(message),
+    }
 }

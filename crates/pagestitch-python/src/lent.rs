@@ -3,16 +3,25 @@
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
+use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The bytes of an object that exports a read-only buffer.
 #[derive(Debug)]
 pub(crate) struct Lent {
     start: NonNull<u8>,
     bytes: usize,
-    /// Present until the drop. It keeps the object, and the bytes at their address.
-    buffer: Option<PyUntypedBuffer>,
+    export: Arc<Export>,
+}
+
+/// The export of a buffer. It keeps the exporting object, and the bytes at their address.
+#[derive(Debug)]
+pub(crate) struct Export {
+    /// None once the region has given it up.
+    buffer: Mutex<Option<PyUntypedBuffer>>,
+    /// The buffer's own reference to its object, for the garbage collector. It is no second one.
+    object: Option<ManuallyDrop<Py<PyAny>>>,
 }
 
 /// Buffers that regions have given up. Their release needs the interpreter, and a worker that waited
@@ -30,7 +39,7 @@ pub(crate) fn release_given_up(py: Python<'_>) {
 
 impl Lent {
     pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let buffer = PyUntypedBuffer::get(object)?;
+        let buffer = PyUntypedBuffer::get(object).map_err(|error| without_shape(object, error))?;
         if !buffer.is_c_contiguous() {
             return Err(PyBufferError::new_err(
                 "its bytes do not lie end to end: pass a contiguous copy, as numpy.ascontiguousarray(x)",
@@ -44,7 +53,44 @@ impl Lent {
         }
         let (start, bytes) =
             (NonNull::new(buffer.buf_ptr().cast()).unwrap_or(NonNull::dangling()), buffer.len_bytes());
-        Ok(Self { start, bytes, buffer: Some(buffer) })
+        let export = Arc::new(Export::of(object.py(), buffer));
+        Ok(Self { start, bytes, export })
+    }
+
+    pub(crate) const fn export(&self) -> &Arc<Export> {
+        &self.export
+    }
+}
+
+/// The error of an object whose buffer lacks what the protocol tells of it.
+fn without_shape(object: &Bound<'_, PyAny>, error: PyErr) -> PyErr {
+    let text = error.value(object.py()).to_string();
+    match (text.as_str(), object.get_type().name()) {
+        ("shape is null" | "strides is null", Ok(kind)) => PyBufferError::new_err(format!(
+            "an object of the type {kind} exports no array of bytes: pass bytes(x)"
+        )),
+        _ => error,
+    }
+}
+
+impl Export {
+    fn of(py: Python<'_>, buffer: PyUntypedBuffer) -> Self {
+        let object = buffer.obj(py).map(|object| {
+            // SAFETY: the buffer has a reference to the object, of which this is the only copy, and which
+            // is never dropped.
+            ManuallyDrop::new(unsafe { Bound::from_owned_ptr(py, object.as_ptr()) }.unbind())
+        });
+        Self { buffer: Mutex::new(Some(buffer)), object }
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Option<PyUntypedBuffer>> {
+        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The exporting object, as long as the buffer keeps it.
+    pub(crate) fn object(&self) -> Option<&Py<PyAny>> {
+        let is_kept = self.locked().is_some();
+        self.object.as_deref().filter(|_| is_kept)
     }
 }
 
@@ -58,7 +104,8 @@ impl AsRef<[u8]> for Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner).extend(self.buffer.take());
+        let buffer = self.export.locked().take();
+        GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner).extend(buffer);
     }
 }
 

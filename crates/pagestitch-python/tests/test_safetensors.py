@@ -1,6 +1,9 @@
 """The example reads the tensors of several shards, and only those that are asked for."""
 
+import ctypes
 import importlib.util
+import mmap
+import os
 import pathlib
 
 import numpy
@@ -80,6 +83,57 @@ def test_a_tensor_in_place_is_mapped_without_the_others(example, shards):
     assert numpy.array_equal(shown["layer.3"], tensors["layer.3"])
     # As in any file mapping, the kernel maps cached pages around a touched one.
     assert resident(shown.bytes) - before <= 2 * tensors["layer.3"].nbytes < shown.bytes.nbytes / 7
+
+
+LARGE, BLOCK = (2048, 1024), 4096
+"""The shape of a tensor of 8 MiB; the unit in which mincore(2) counts."""
+
+
+def cached(path):
+    """The bytes of a file that the page cache holds, by mincore(2)."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
+        pages = (ctypes.c_ubyte * (-(-len(mapped) // BLOCK)))()
+        first = ctypes.c_char.from_buffer(mapped)
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), pages)
+        del first
+        assert not failed, os.strerror(ctypes.get_errno())
+        return BLOCK * sum(page & 1 for page in pages)
+
+
+def drop_cached(path):
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_cached_by(tensor, expected, paths):
+    """The bytes of files that come from the disk to the page cache when a tensor is read."""
+    [drop_cached(path) for path in paths]
+    if any(cached(path) for path in paths):
+        pytest.skip("the page cache keeps the files: they are on tmpfs, or in use")
+    assert numpy.array_equal(tensor(), expected)
+    return sum(cached(path) for path in paths)
+
+
+def test_the_example_reads_of_one_tensor_what_mmap_reads(example, tmp_path):
+    """That is the tensor, and the kernel's readahead around it, which differs from time to time."""
+    wanted, paths = numpy.random.default_rng(2).standard_normal(LARGE, dtype="<f4"), []
+    for shard in range(2):
+        paths.append(tmp_path / f"{shard}.safetensors")
+        tensors = {f"{shard}.{n}": wanted if (shard, n) == (1, 1) else numpy.zeros(LARGE, "<f4") for n in range(6)}
+        safetensors.numpy.save_file(tensors, paths[-1])
+    start = paths[1].read_bytes().index(wanted.tobytes())
+    by_example, by_mmap = [], []
+    for _ in range(5):
+        # Each mapping ends before the next one: a page that is mapped stays in the page cache.
+        by_mmap.append(
+            bytes_cached_by(lambda: numpy.memmap(paths[1], dtype="<f4", mode="r", offset=start, shape=LARGE), wanted, paths)
+        )
+        shown = example.Shards(paths)
+        by_example.append(bytes_cached_by(lambda: shown["1.1"], wanted, paths))
+        del shown
+    assert wanted.nbytes <= min(by_example) <= 1.02 * min(by_mmap)
 
 
 def test_safetensors_reads_the_region_of_all_shards_as_one_file(example, shards):
