@@ -189,7 +189,9 @@ int ps_builder_name(ps_builder *builder, const char *name);
 // that are not in place stay as they are.
 int ps_builder_writable(ps_builder *builder);
 
-// Starts each later chunk on a page of its own. Bytes between chunks are zeros.
+// Starts each later chunk in a page of its own. A part of a file in place keeps its offset within the page, so that
+// its pages can be shown: ps_region_offset_of() tells where a chunk starts. Bytes between chunks have no meaning. Beside
+// a part in place they are those of the file: a write changes it.
 int ps_builder_page_aligned(ps_builder *builder);
 
 // Makes a byte that would have to be copied an error of the build.
@@ -305,6 +307,11 @@ void *ps_region_data_mut(ps_region *region);
 // The number of bytes of the region. 0: an error.
 size_t ps_region_bytes(const ps_region *region);
 
+// The offset in the region at which a chunk starts. Chunks are numbered from 0, in the order in which they were added.
+int ps_region_offset_of(const ps_region *region,
+                        size_t chunk,
+                        uint64_t *offset);
+
 // Copies bytes out. Bytes that cannot be had are an error, and not SIGBUS. `into` is no memory of the region.
 int ps_region_read(const ps_region *region, uint64_t offset, void *into, size_t bytes);
 
@@ -364,7 +371,8 @@ int ps_server_pool(const ps_pool_options *options, ps_server **server);
 int ps_server_best(ps_server **server);
 
 // The touching thread itself fills the page, in a handler of SIGBUS: for sources in memory, holes and files.
-// A handler of SIGBUS that the process installs later has to call the one before it.
+// A handler of SIGBUS that the process installs later has to call the one before it, and a thread that blocks SIGBUS
+// cannot touch absent pages.
 int ps_server_inline(ps_server **server);
 
 // No faults: ps_builder_build() maps or copies all bytes.

@@ -85,6 +85,21 @@ pub extern "C" fn ps_region_bytes(region: *const Region) -> usize {
     call::value("ps_region_bytes", 0, || Ok(Region::borrow(region)?.region.len()))
 }
 
+/// The offset in the region at which a chunk starts. Chunks are numbered from 0, in the order in which they were added.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_offset_of(region: *const Region, chunk: usize, offset: *mut u64) -> c_int {
+    call::status("ps_region_offset_of", || {
+        let region = &Region::borrow(region)?.region;
+        let start = region.offset_of(chunk).ok_or_else(|| {
+            let (name, chunks) = (region.name(), region.chunk_ranges().count());
+            let message = format!("region {name} has {chunks} chunks, and no chunk {chunk}");
+            CallError::new(Status::PsOutOfRange, message)
+        })?;
+        handle::place(offset, "the place for the offset")?.write(start);
+        Ok(())
+    })
+}
+
 /// Copies bytes out. Bytes that cannot be had are an error, and not SIGBUS. `into` is no memory of the region.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_read(

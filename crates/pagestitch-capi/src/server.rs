@@ -132,7 +132,8 @@ pub extern "C" fn ps_server_best(server: *mut *mut Server) -> c_int {
 }
 
 /// The touching thread itself fills the page, in a handler of SIGBUS: for sources in memory, holes and files.
-/// A handler of SIGBUS that the process installs later has to call the one before it.
+/// A handler of SIGBUS that the process installs later has to call the one before it, and a thread that blocks SIGBUS
+/// cannot touch absent pages.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_server_inline(server: *mut *mut Server) -> c_int {
     call::status("ps_server_inline", || Server { kind: Kind::Inline }.give(server))

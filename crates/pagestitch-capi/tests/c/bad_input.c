@@ -143,6 +143,8 @@ static void ranges(ps_server *server) {
     CHECK(ps_region_bytes(NULL) == 0);
     FAILS(ps_region_populate(region, 6000, 1), PS_OUT_OF_RANGE, "");
     FAILS(ps_region_metric(region, "nonsense", &value), PS_INVALID_ARGUMENT, "nonsense");
+    FAILS(ps_region_offset_of(region, 1, &value), PS_OUT_OF_RANGE, "1 chunks, and no chunk 1");
+    FAILS(ps_region_offset_of(region, 0, NULL), PS_INVALID_ARGUMENT, "offset");
     FAILS(ps_region_metric(region, "faults", NULL), PS_INVALID_ARGUMENT, "value");
     OK(ps_region_free(region));
 }

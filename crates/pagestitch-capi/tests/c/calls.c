@@ -119,9 +119,18 @@ static void files(ps_server *server, const char *folder) {
     OK(ps_add_file(builder, path, 100, 200));
     OK(ps_add_file_in_place(builder, path, PAGE, PS_TO_END));
     OK(ps_add_fd(builder, fd, 0, PAGE));
+    OK(ps_add_fd(builder, fd, PAGE + 300, 500));
     OK(ps_builder_build(builder, server, &region));
     const char *base = (const char *)ps_region_data(region);
     CHECK(!memcmp(base, bytes + 100, 200) && base[200] == 0);
+    /* A part in place keeps its offset within a page. */
+    const uint64_t starts[] = { 0, PAGE, 3 * PAGE, 4 * PAGE + 300 };
+    uint64_t start;
+    for (size_t chunk = 0; chunk < 4; chunk++) {
+        OK(ps_region_offset_of(region, chunk, &start));
+        CHECK(start == starts[chunk]);
+    }
+    CHECK(!memcmp(base + start, bytes + PAGE + 300, 500));
     CHECK(!memcmp(base + PAGE, bytes + PAGE, 2 * PAGE) && !memcmp(base + 3 * PAGE, bytes, PAGE));
     OK(ps_region_write(region, 3 * PAGE, "shown", 5));
     char back[5];

@@ -113,7 +113,7 @@ static int chunks_of_a_builder(int fd) {
 static int calls_of_a_region(int fd) {
     uint64_t value;
     size_t bytes;
-    switch (any(14)) {
+    switch (any(15)) {
     case 0: return ps_region_read(region(), number(), any(9) ? buffer : NULL, length());
     case 1: return ps_region_write(region(), number(), pointer(), any(BYTES - 1));
     case 2: return ps_region_populate(region(), number(), number());
@@ -127,6 +127,7 @@ static int calls_of_a_region(int fd) {
     case 10: return ps_server_serve(server(), (size_t)number(), any(2) ? &bytes : NULL);
     case 11: return ps_server_fd(server());
     case 12: return ps_region_data_mut(region()) ? 0 : -1;
+    case 13: return ps_region_offset_of(region(), (size_t)any(3), any(5) ? &value : NULL);
     default: return ps_region_data(region()) || ps_region_bytes(region()) || ps_budget_resident(budget()) ? 0 : -1;
     }
 }
