@@ -51,7 +51,7 @@ typedef enum {
     PS_INVALID_OPTION = -7,
     // An option excludes another one.
     PS_OPTION_CONFLICT = -8,
-    // An offset or range lies outside the region.
+    // An offset or range lies outside the region, or a write outside the chunks of a file that is shown in place.
     PS_OUT_OF_RANGE = -9,
     // The region is only read: call ps_builder_writable() before the build.
     PS_READ_ONLY = -10,
@@ -190,8 +190,8 @@ int ps_builder_name(ps_builder *builder, const char *name);
 int ps_builder_writable(ps_builder *builder);
 
 // Starts each later chunk in a page of its own. A part of a file in place keeps its offset within the page, so that
-// its pages can be shown: ps_region_offset_of() tells where a chunk starts. Bytes between chunks have no meaning. Beside
-// a part in place they are those of the file: a write changes it.
+// its pages can be shown: ps_region_offset_of() tells where a chunk starts. Bytes between chunks are zeros, and beside
+// a part in place those of the file: ps_region_write() refuses to change them, and a write by pointer changes the file.
 int ps_builder_page_aligned(ps_builder *builder);
 
 // Makes a byte that would have to be copied an error of the build.

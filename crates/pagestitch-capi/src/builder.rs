@@ -114,8 +114,8 @@ pub extern "C" fn ps_builder_writable(builder: *mut Builder) -> c_int {
 }
 
 /// Starts each later chunk in a page of its own. A part of a file in place keeps its offset within the page, so that
-/// its pages can be shown: ps_region_offset_of() tells where a chunk starts. Bytes between chunks have no meaning. Beside
-/// a part in place they are those of the file: a write changes it.
+/// its pages can be shown: ps_region_offset_of() tells where a chunk starts. Bytes between chunks are zeros, and beside
+/// a part in place those of the file: ps_region_write() refuses to change them, and a write by pointer changes the file.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_builder_page_aligned(builder: *mut Builder) -> c_int {
     call::status("ps_builder_page_aligned", || {

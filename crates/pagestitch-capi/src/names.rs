@@ -1,7 +1,7 @@
 //! The texts of errors, with the names of C: `pagestitch` names the calls and options of Rust.
 
 /// Phrases with names that C lacks, or that need other words in C. Earlier ones come first.
-const PHRASES: [(&str, &str); 17] = [
+const PHRASES: [(&str, &str); 18] = [
     ("add write_back(), or leave out writable() or budget()", "leave out writable() or budget()"),
     ("track_changes() and write_back()", "track_changes()"),
     ("track_changes(), write_back() or", "track_changes() or"),
@@ -15,6 +15,7 @@ const PHRASES: [(&str, &str); 17] = [
     ("build it writable() to write to it", "call writable() before the build to write to it"),
     ("build it with capacity()", "call capacity() before the build"),
     ("build it with track_changes()", "call track_changes() before the build"),
+    ("(chunk_ranges())", "(ps_region_offset_of() has their starts)"),
     ("or fewer workers()", "or fewer `workers` in ps_pool_options"),
     ("see max_workers()", "see `max_workers` in ps_pool_options"),
     ("the Manual belongs to", "the manual server belongs to"),

@@ -26,7 +26,7 @@ pub enum Status {
     PsInvalidOption = -7,
     /// An option excludes another one.
     PsOptionConflict = -8,
-    /// An offset or range lies outside the region.
+    /// An offset or range lies outside the region, or a write outside the chunks of a file that is shown in place.
     PsOutOfRange = -9,
     /// The region is only read: call ps_builder_writable() before the build.
     PsReadOnly = -10,

@@ -103,6 +103,14 @@ fn threads_share_the_handles_of_a_server_a_builder_a_budget_and_a_region() {
     each_compiler_runs("threads", &[]);
 }
 
+/// The program links the archive, so that only `dlopen` loads the shared library.
+#[test]
+fn the_handler_of_sigbus_stays_after_dlclose() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = COMPILERS[0].build("tests/c/unload.c", folder.path(), &["-pthread"]);
+    run(Command::new(program).arg(library("so")));
+}
+
 /// Builds a file of `tests/c` by each compiler, and runs it.
 fn each_compiler_runs(program: &str, arguments: &[&Path]) {
     let folder = tempfile::tempdir().unwrap();

@@ -131,6 +131,7 @@ static void files(ps_server *server, const char *folder) {
         CHECK(start == starts[chunk]);
     }
     CHECK(!memcmp(base + start, bytes + PAGE + 300, 500));
+    FAILS(ps_region_write(region, start - 1, "no", 2), PS_OUT_OF_RANGE, "ps_region_offset_of()");
     CHECK(!memcmp(base + PAGE, bytes + PAGE, 2 * PAGE) && !memcmp(base + 3 * PAGE, bytes, PAGE));
     OK(ps_region_write(region, 3 * PAGE, "shown", 5));
     char back[5];
