@@ -4,7 +4,8 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
 use std::mem::ManuallyDrop;
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The bytes of an object that exports a read-only buffer.
@@ -26,15 +27,49 @@ pub(crate) struct Export {
 
 /// Buffers that regions have given up. Their release needs the interpreter, and a worker that waited
 /// for it could wait for a thread that waits for the worker.
-static GIVEN_UP: Mutex<Vec<PyUntypedBuffer>> = Mutex::new(Vec::new());
+static GIVEN_UP: GivenUp = GivenUp { first: AtomicPtr::new(ptr::null_mut()) };
+
+/// A list without a lock, because a forked child would have the lock of a thread that it lacks.
+struct GivenUp {
+    first: AtomicPtr<Node>,
+}
+
+struct Node {
+    buffer: PyUntypedBuffer,
+    next: *mut Self,
+}
+
+impl GivenUp {
+    fn push(&self, buffer: PyUntypedBuffer) {
+        let mut next = self.first.load(Ordering::Relaxed);
+        let node = Box::into_raw(Box::new(Node { buffer, next }));
+        while let Err(now) =
+            self.first.compare_exchange_weak(next, node, Ordering::Release, Ordering::Relaxed)
+        {
+            next = now;
+            // SAFETY: no other thread knows the node yet.
+            unsafe { (*node).next = next };
+        }
+    }
+
+    /// Takes the whole list. Nodes are taken in no other way, so a pushed one has no old successor.
+    fn take(&self) -> impl Iterator<Item = PyUntypedBuffer> {
+        let mut first = self.first.swap(ptr::null_mut(), Ordering::Acquire);
+        std::iter::from_fn(move || {
+            if first.is_null() {
+                return None;
+            }
+            // SAFETY: `push` has made the node of a box, and only this thread has the list now.
+            let node = unsafe { Box::from_raw(first) };
+            first = node.next;
+            Some(node.buffer)
+        })
+    }
+}
 
 /// Releases the buffers that regions have given up. Building and closing a region does it.
 pub(crate) fn release_given_up(py: Python<'_>) {
-    // A worker may hold the lock for a moment, and in a forked child it holds it forever.
-    let Ok(mut locked) = GIVEN_UP.try_lock() else { return };
-    let given_up = std::mem::take(&mut *locked);
-    drop(locked);
-    given_up.into_iter().for_each(|buffer| buffer.release(py));
+    GIVEN_UP.take().for_each(|buffer| buffer.release(py));
 }
 
 impl Lent {
@@ -105,7 +140,7 @@ impl AsRef<[u8]> for Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         let buffer = self.export.locked().take();
-        GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner).extend(buffer);
+        buffer.into_iter().for_each(|buffer| GIVEN_UP.push(buffer));
     }
 }
 

@@ -1,8 +1,12 @@
 """Regions beside `multiprocessing`."""
 
 import multiprocessing
+import os
+import signal
 import sys
 import threading
+import time
+import traceback
 
 import pagestitch
 import pytest
@@ -20,6 +24,43 @@ def in_a_forked_child(_):
         except (BufferError, pagestitch.Error) as error:
             errors.append(str(error))
     return errors, bytes(pagestitch.Region([b"of the child"])), len(REGION)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_that_is_forked_while_a_region_ends_has_regions_of_its_own():
+    """A lock that another thread has at the fork is never released in the child."""
+    pool, ends, took = pagestitch.Pool(1), [], 0
+    for part in range(21):
+        region = pagestitch.Region([PIECE] * 10_000, server=pool)
+        if part == 0:
+            start = time.monotonic()
+            region.close()
+            took = time.monotonic() - start
+            continue
+        thread = threading.Thread(target=region.close)
+        thread.start()
+        # Each child is forked at another moment of that call.
+        time.sleep(part / 20 * took)
+        child = os.fork()
+        if child == 0:
+            use_a_region_of_its_own()
+        ends.append(os.waitpid(child, 0)[1])
+        thread.join()
+    assert set(ends) == {0}
+
+
+def use_a_region_of_its_own():
+    """In a forked child, which ends."""
+    # A child that hangs is ended by the signal.
+    signal.alarm(60)
+    try:
+        with pagestitch.Region([PIECE]) as region:
+            assert region.read_at(0, len(PIECE)) == PIECE
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def built_there(path):
