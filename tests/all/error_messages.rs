@@ -152,7 +152,7 @@ fn the_errors_of_chunks_name_the_chunk_and_the_remedy() {
         ),
         (
             refused(named().chunk(Chunk::hole(u64::MAX)).chunk(Chunk::hole(1)), &pool),
-            "region r: chunk 1 takes the region past 2^64 bytes: split the region",
+            "region r: chunk 1 takes the region to 2^64 bytes or more: split the region",
         ),
         (
             refused(named().chunk(Chunk::hole(u64::MAX)), &pool),

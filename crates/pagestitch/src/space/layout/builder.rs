@@ -97,7 +97,7 @@ impl LayoutBuilder {
     fn lay(&mut self, backing: Backing, range: &Range<u64>) -> Result<(), Error> {
         let total = self.total.checked_add(range.end - range.start).ok_or_else(|| {
             let number = self.next_number();
-            let what = format!("chunk {number} takes the region past 2^64 bytes: split the region");
+            let what = format!("chunk {number} takes the region to 2^64 bytes or more: split the region");
             Error::new(ErrorKind::TooLarge, what).of_chunk(number)
         })?;
         let source = self.source_index(backing)?;
