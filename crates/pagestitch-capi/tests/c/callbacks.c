@@ -9,9 +9,12 @@ enum { PAGE = 4096, BYTES = 2 * PAGE };
 
 struct source {
     ps_server *server;
-    ps_region *region;
+    ps_region *region, *built;
     int fd, calls, errno_of_read, released;
 };
+
+/* Of calls that come at once. */
+static pthread_mutex_t counts = PTHREAD_MUTEX_INITIALIZER;
 
 /* A source that asks for all that a callback may ask for. */
 static int read_and_ask(void *ctx, uint64_t offset, void *into, size_t count) {
@@ -31,10 +34,15 @@ static int read_and_ask(void *ctx, uint64_t offset, void *into, size_t count) {
     ps_builder *builder;
     OK(ps_builder_new(&builder));
     OK(ps_add_hole(builder, 1));
+    CHECK(!pthread_mutex_lock(&counts));
+    source->calls++;
+    if (!source->built)
+        OK(ps_builder_build(builder, source->server, &source->built));
+    CHECK(!pthread_mutex_unlock(&counts));
     OK(ps_builder_free(builder));
     FAILS(ps_server_free(source->server), PS_IN_USE, "callback");
-    memset(into, (int)(offset / PAGE) + 1, count);
-    source->calls++;
+    for (size_t i = 0; i < count; i++)
+        ((char *)into)[i] = (char)((offset + i) / PAGE + 1);
     return source->errno_of_read;
 }
 
@@ -69,7 +77,7 @@ static ps_region *region_of(ps_server *server, struct source *state) {
 
 /* The callbacks of a manual server run in its loop, below ps_server_serve(). */
 static void in_a_loop(void) {
-    struct source state = { NULL, NULL, -1, 0, 0, 0 };
+    struct source state = { NULL, NULL, NULL, -1, 0, 0, 0 };
     pthread_t thread;
     OK(ps_server_manual(&state.server));
     state.fd = ps_server_fd(state.server);
@@ -81,6 +89,7 @@ static void in_a_loop(void) {
         OK(ps_server_serve(state.server, 100, NULL));
     }
     CHECK(!pthread_join(thread, NULL));
+    OK(ps_region_free(state.built));
     OK(ps_region_free(region));
     OK(ps_server_free(state.server));
     CHECK(state.released == 1);
@@ -88,10 +97,12 @@ static void in_a_loop(void) {
 
 /* Those of a pool run in its threads. */
 static void in_a_pool(ps_server *server) {
-    struct source state = { server, NULL, -1, 0, 0, 0 };
+    struct source state = { server, NULL, NULL, -1, 0, 0, 0 };
     ps_region *region = region_of(server, &state);
     touch(region);
     CHECK(state.calls > 0 && state.released == 0);
+    CHECK(!*(const char *)ps_region_data(state.built));
+    OK(ps_region_free(state.built));
     OK(ps_region_free(region));
     CHECK(state.released == 1);
 }
@@ -110,7 +121,7 @@ static void tell(void *ctx, uint64_t offset, const char *reason) {
 
 /* A failure is told in the thread that has tried to fill the page. */
 static void a_failure_in_the_calling_thread(ps_server *server) {
-    struct source state = { server, NULL, -1, 0, 5, 0 };
+    struct source state = { server, NULL, NULL, -1, 0, 5, 0 };
     struct told told = { 0, 0, 0 };
     ps_source source = source_of(&state);
     ps_builder *builder;
@@ -123,12 +134,13 @@ static void a_failure_in_the_calling_thread(ps_server *server) {
     FAILS(ps_region_populate(region, PAGE, 1), PS_SOURCE_FAILED, "os error 5");
     CHECK(ps_last_errno() == 5 && told.calls == 1 && told.offset == PAGE);
     CHECK(pthread_equal(told.thread, pthread_self()));
+    OK(ps_region_free(state.built));
     OK(ps_region_free(region));
 }
 
 /* A source is released once, also if the call fails, and not by a forked child. */
 static void releases(ps_server *server) {
-    struct source state = { server, NULL, -1, 0, 0, 0 };
+    struct source state = { server, NULL, NULL, -1, 0, 0, 0 };
     ps_source source = source_of(&state);
     FAILS(ps_add_source(NULL, &source), PS_INVALID_ARGUMENT, "builder");
     CHECK(state.released == 1);
