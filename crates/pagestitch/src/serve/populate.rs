@@ -45,9 +45,10 @@ pub(crate) fn fill_rest(region: &Mapping, go_on: &(dyn Fn() -> bool + Sync)) -> 
 
 fn fill_blocks(region: &Mapping, span: Span, extent: Extent<'_>) -> Result<(), Arc<Failure>> {
     let work = Work { region, extent, rest: Mutex::new(Remainder { span, failed: None }) };
-    match threads(region) {
-        2.. if span.pages >= PARALLEL_PAGES => work.help_in_threads(),
-        _ => work.help(),
+    // The number of CPUs takes several system calls, so a small span does not ask for it.
+    match span.pages >= PARALLEL_PAGES && threads(region) > 1 {
+        true => work.help_in_threads(),
+        false => work.help(),
     }
     work.rest.into_inner().failed.map_or(Ok(()), |(_, failure)| Err(failure))
 }
