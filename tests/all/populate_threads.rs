@@ -4,9 +4,9 @@ use crate::guests::{adopt, lacks_poison};
 use pagestitch::{Builder, Chunk, Eager, Manual, Pool, Region, Server, SharedRegion, Source};
 use pagestitch_testkit::guest::Guest;
 use std::collections::HashSet;
-use std::io;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, ThreadId};
+use std::{fs, io};
 
 /// Enough for helper threads in each call.
 const BYTES: usize = 36 << 20;
@@ -129,4 +129,27 @@ fn an_eager_build_has_as_many_threads_as_the_builder_asks_for_below_its_limit() 
     let source = Witness::awaiting(2);
     builder(&source, 6).max_in_flight(2).build(Eager).unwrap();
     assert_eq!(source.readers().len(), 2);
+}
+
+/// The number of reads of files by this thread so far; `None` if the kernel does not count them.
+fn reads_of_files() -> Option<u64> {
+    let counts = fs::read_to_string("/proc/thread-self/io").ok()?;
+    counts.lines().find_map(|line| line.strip_prefix("syscr: "))?.parse().ok()
+}
+
+#[test]
+fn a_small_populate_does_not_ask_for_the_number_of_cpus() {
+    let pool = Pool::new().unwrap();
+    let region = Region::builder().chunk(vec![7u8; 100_000]).build(&pool).unwrap();
+    region.populate(..).unwrap();
+    let Some(before) = reads_of_files() else {
+        println!("SKIPPED a_small_populate_does_not_ask_for_the_number_of_cpus: no /proc/thread-self/io");
+        return;
+    };
+    for _ in 0..100 {
+        region.populate(..4096).unwrap();
+    }
+    // The standard library reads files of cgroups for it.
+    let reads = reads_of_files().unwrap() - before;
+    assert!(reads < 100, "{reads} reads of files in 100 calls");
 }
