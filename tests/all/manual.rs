@@ -3,6 +3,7 @@
 
 use crate::{PAGE, is_readable, pattern, serve_until, spawn_asleep, touch, until};
 use nix::poll::PollTimeout;
+use pagestitch::source::{Memfd, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Manual, Readahead, Region, Server};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -167,6 +168,23 @@ fn populate_needs_no_server() {
     let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
     region.populate(..).unwrap();
     assert!(region.as_slice() == bytes);
+}
+
+#[test]
+fn a_region_whose_manual_was_dropped_is_read_with_an_error() {
+    let memfd = UnsealedMemfd::create("in place", PAGE as u64).unwrap().seal().unwrap();
+    let (manual, chunk) = (Manual::new().unwrap(), pattern(6, 10 * PAGE));
+    let builder = Region::builder().chunk(Memfd::from(memfd)).chunk(chunk).writable();
+    let region = builder.build_shared(&manual).unwrap();
+    region.populate(..5 * PAGE as u64).unwrap();
+    drop(manual);
+    for page in [1_u64, 9] {
+        let range = page * PAGE as u64..(page + 1) * PAGE as u64;
+        assert_eq!(region.populate(range.clone()).unwrap_err().kind(), ErrorKind::ServerStopped);
+        assert_eq!(region.read_at(range.start, &mut [0]).unwrap_err().kind(), ErrorKind::ServerStopped);
+        assert_eq!(region.write_at(range.start, &[0]).unwrap_err().kind(), ErrorKind::ServerStopped);
+    }
+    region.read_at(0, &mut [0; PAGE]).unwrap();
 }
 
 #[test]

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pagestitch::source::Pages;
-use pagestitch::{Chunk, ErrorKind, Inline, Method, Pool, Region};
+use pagestitch::{Chunk, Error, ErrorKind, Inline, Method, Pool, Region};
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -180,6 +180,25 @@ fn a_forked_child_gets_a_signal_and_not_zeros() {
         let ended = ForkedChild::start(|| i32::from(touch(address + 4096))).wait();
         assert_eq!(ended.signal(), Some(Signal::SIGSEGV as i32), "{ended}");
         assert_ne!(region.as_slice()[4096], 0, "the parent is served as before");
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn a_forked_child_reads_its_parents_region_with_an_error_of_its_own() {
+    let end = child::run(this_test!(), || {
+        let builder = || Region::builder().chunk(pattern(1, 8192)).writable();
+        for region in [builder().build_shared(&Pool::new().unwrap()), builder().build_shared(Inline)] {
+            let region = region.unwrap();
+            let refused =
+                |result: Result<(), Error>| result.is_err_and(|error| error.kind() == ErrorKind::ForkedChild);
+            let is_refused = ForkedChild::start(|| {
+                let calls =
+                    [region.populate(..), region.read_at(0, &mut [0; 10]), region.write_at(4096, &[0])];
+                i32::from(!calls.into_iter().all(refused))
+            });
+            assert!(is_refused.succeeds());
+        }
     });
     end.expect_pass();
 }

@@ -219,6 +219,10 @@ impl AnyRegion {
         if !self.server.is_of_this_process() {
             return self.touch(span);
         }
+        // Pages in place outlive their server.
+        if !self.served.in_place.next_gap(span).is_empty() {
+            self.server.check_running(&self.served)?;
+        }
         self.server.populate(&self.served, span, go_on).map_err(|failure| self.failed(failure))
     }
 
@@ -341,8 +345,11 @@ impl AnyRegion {
         }
         match &self.served.target {
             Target::Owned(reservation) if !span.is_empty() => reservation.populate_read(span).map_err(|errno| {
-                let reason = "in a forked child: a source has failed, or the parent has dropped the region or built it without inherit_on_fork()";
-                Error::because(ErrorKind::SourceFailed, format_args!("region {}: {reason}", self.name()), errno)
+                let (kind, reason) = match self.served.children {
+                    Some(_) => (ErrorKind::SourceFailed, "in a forked child: a source has failed, or the parent has dropped the region"),
+                    None => (ErrorKind::ForkedChild, "a forked child has no addresses of its parent's region: build it in the child, or with inherit_on_fork()"),
+                };
+                Error::because(kind, format_args!("region {}: {reason}", self.name()), errno)
             }),
             _ => Ok(()),
         }

@@ -105,6 +105,11 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
     /// Starts a prefetch on threads that have no fault to serve.
     fn prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error>;
 
+    /// An error if the server has ended, and with it the regions that are left.
+    fn check_running(&self, _region: &Mapping) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Fills the absent pages of a span in the calling thread, as long as `go_on` returns true.
     fn populate(
         &self,

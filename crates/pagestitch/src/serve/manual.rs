@@ -7,6 +7,7 @@ use crate::serve::contract::{Attachment, Demands, FaultServer};
 use crate::serve::placement::WorkerCpus;
 use crate::serve::server_state::ServerState;
 use crate::serve::worker::Worker;
+use crate::space::Mapping;
 use crate::space::SpareUffds;
 use pagestitch_kernel::Errno;
 use pagestitch_kernel::fork::ForkGeneration;
@@ -107,6 +108,10 @@ impl Attachment for Attached {
 
     fn may_be_caller(&self) -> bool {
         true
+    }
+
+    fn check_running(&self, region: &Mapping) -> Result<(), Error> {
+        self.state.check_running(&region.name)
     }
 
     fn prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error> {

@@ -245,6 +245,10 @@ impl ServerState {
         }
     }
 
+    pub(super) fn check_running(&self, region: &str) -> Result<(), Error> {
+        if self.regions.read().stopped { Err(server_ended(region)) } else { Ok(()) }
+    }
+
     /// Starts a prefetch that the application has requested, with idle workers.
     pub(super) fn start_prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error> {
         let regions = self.regions.read();
