@@ -68,10 +68,11 @@ impl Bounded {
     }
 }
 
-/// The anonymous memory of this process, as the kernel counts it; `None` if it does not tell.
+/// The anonymous memory of this process, as the kernel counts it; `None` if it does not tell. Before Linux 6.10,
+/// `smaps_rollup` may skip a mapping.
 fn anonymous_bytes() -> Option<u64> {
-    let rollup = fs::read_to_string("/proc/self/smaps_rollup").ok()?;
-    let line = rollup.lines().find_map(|line| line.strip_prefix("Anonymous:"))?;
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
     Some(line.split_ascii_whitespace().next()?.parse::<u64>().ok()? << 10)
 }
 
