@@ -82,10 +82,7 @@ fn running_out_of_descriptors_is_an_error_at_each_step() {
 /// one that fits shows its bytes. The threads start first, because a Rust program without addresses
 /// for a signal stack is aborted.
 #[test]
-#[cfg_attr(
-    sanitized = "thread",
-    ignore = "the sanitizer maps memory of its own, which does not fit the limit"
-)]
+#[cfg_attr(sanitized, ignore = "the sanitizer maps memory of its own, which does not fit the limit")]
 fn running_out_of_addresses_is_an_error_at_each_step() {
     let end = child::run(this_test!(), || {
         let (mut refused, mut built) = (0, 0);
