@@ -245,6 +245,7 @@ impl ServerState {
         }
     }
 
+    /// An error if the server has ended, and with it its regions.
     pub(super) fn check_running(&self, region: &str) -> Result<(), Error> {
         if self.regions.read().stopped { Err(server_ended(region)) } else { Ok(()) }
     }

@@ -85,8 +85,8 @@ impl FileSource {
     /// (`O_DIRECT`). A touch of a page then waits for the disk, also if the page was read before, unless the
     /// region has it. Reads between, and long ones that do not begin and end with a block of the disk, pass
     /// through the page cache without staying there (`RWF_DONTCACHE`, Linux 6.14; through the page cache as
-    /// usual before). A region that is served [`Inline`](crate::Inline) reads whole pages of the file at once,
-    /// if they begin with a block of the disk, and the other ones through the page cache.
+    /// usual before). A region that is served [`Inline`](crate::Inline) reads a page from the disk, if all
+    /// of it is one part of the file that begins with a block of the disk, and any other page through the page cache.
     ///
     /// # Errors
     ///
@@ -141,6 +141,7 @@ impl FileSource {
         }
     }
 
+    /// The file, for reads through the page cache.
     pub(super) fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }

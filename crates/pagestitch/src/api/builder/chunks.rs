@@ -12,7 +12,7 @@ impl<S> Builder<S> {
     ///
     /// Padding in a page that shows a source in place has the bytes that the source has around the chunk. A write
     /// to it through a pointer changes the source, and [`write_at`](crate::SharedRegion::write_at) refuses it.
-    /// Other padding is zeros.
+    /// The bytes of other padding mean nothing.
     ///
     /// A chunk of a file or memfd that is as long as a huge page (2 MiB) starts at the same offset in a
     /// huge page. Where the page cache has huge pages, the kernel then maps 2 MiB with one fault, as
