@@ -254,8 +254,8 @@ fn gather_piece(piece: &Piece<'_>, into: &mut [u8]) -> bool {
         into.fill(0);
         return true;
     }
-    if piece.backing.file().is_some() {
-        return piece.backing.fill_in_handler(piece.offset, into);
+    if let Some(is_filled) = piece.backing.fill_in_handler(piece.offset, into) {
+        return is_filled;
     }
     let Some(bytes) = stable_bytes(piece.backing) else { return false };
     let start = piece.offset as usize;

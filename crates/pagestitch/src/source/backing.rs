@@ -111,13 +111,16 @@ impl Backing {
         }
     }
 
-    /// Fills `into` from the [file](Self::file), in a signal handler. False if the read fails, or if there is no
-    /// file.
-    pub(crate) fn fill_in_handler(&self, offset: u64, into: &mut [u8]) -> bool {
-        if let Self::Read(read) = self {
-            return matches!(&read.0.beside, Beside::File(source) if source.fill_in_handler(offset, into));
+    /// Fills `into` from the [file](Self::file), in a signal handler. `Some(false)` if the read fails; `None` if there
+    /// is no file.
+    pub(crate) fn fill_in_handler(&self, offset: u64, into: &mut [u8]) -> Option<bool> {
+        match self {
+            Self::Read(read) => match &read.0.beside {
+                Beside::File(source) => Some(source.fill_in_handler(offset, into)),
+                _ => None,
+            },
+            _ => self.file().map(|file| fill_from(file, offset, into)),
         }
-        self.file().is_some_and(|file| fill_from(file, offset, into))
     }
 
     /// A source that vouches for its bytes, or the source that it wraps if that needs no read.
