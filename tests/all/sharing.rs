@@ -214,30 +214,33 @@ fn moved_pages_are_bytes_or_a_signal_and_other_regions_are_served() {
     if lacks_poison(this_test!()) {
         return;
     }
-    for (drops_region, stops_pool) in [(false, false), (true, false), (true, true)] {
-        let body = move || {
-            let pool = pool(2);
-            let bytes = pattern(1, PAGES * PAGE);
-            let (region, other) = (region(&bytes, &pool), region(&pattern(2, PAGES * PAGE), &pool));
-            let start = region.as_ptr().expose_provenance().get();
-            assert_eq!(touch(start + 4 * PAGE), bytes[4 * PAGE]);
-            let to = moved(start + 3 * PAGE, 4 * PAGE);
-            assert_eq!(touch(to + PAGE), bytes[4 * PAGE], "a filled page");
-            assert_eq!(touch(start), bytes[0], "the rest is served as before");
-            assert!(other.as_slice() == pattern(2, PAGES * PAGE));
-            if drops_region {
-                drop(region);
-            }
-            if stops_pool {
-                drop(other);
-                pool.stop().unwrap();
-            }
-            println!("read a byte: {}", touch(to));
-            0
-        };
-        let status = ForkedChild::start(body).wait();
-        assert_eq!(status.signal(), Some(SIGBUS), "dropped {drops_region}, stopped {stops_pool}");
-    }
+    let end = child::run(this_test!(), || {
+        for (drops_region, stops_pool) in [(false, false), (true, false), (true, true)] {
+            let body = move || {
+                let pool = pool(2);
+                let bytes = pattern(1, PAGES * PAGE);
+                let (region, other) = (region(&bytes, &pool), region(&pattern(2, PAGES * PAGE), &pool));
+                let start = region.as_ptr().expose_provenance().get();
+                assert_eq!(touch(start + 4 * PAGE), bytes[4 * PAGE]);
+                let to = moved(start + 3 * PAGE, 4 * PAGE);
+                assert_eq!(touch(to + PAGE), bytes[4 * PAGE], "a filled page");
+                assert_eq!(touch(start), bytes[0], "the rest is served as before");
+                assert!(other.as_slice() == pattern(2, PAGES * PAGE));
+                if drops_region {
+                    drop(region);
+                }
+                if stops_pool {
+                    drop(other);
+                    pool.stop().unwrap();
+                }
+                println!("read a byte: {}", touch(to));
+                0
+            };
+            let status = ForkedChild::start(body).wait();
+            assert_eq!(status.signal(), Some(SIGBUS), "dropped {drops_region}, stopped {stops_pool}");
+        }
+    });
+    end.expect_pass();
 }
 
 #[test]

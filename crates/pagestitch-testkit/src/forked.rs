@@ -15,6 +15,9 @@ impl ForkedChild {
     /// Starts a child that exits with the code of `body`, or with 101 if `body` panics. SIGALRM
     /// kills it after five minutes, which no child takes on a loaded machine.
     ///
+    /// A body starts threads only in a process that runs no other test ([`child::run`](crate::child::run)), because a new thread waits
+    /// for a lock of the standard library, which a starting or ending thread of another test may hold at the fork.
+    ///
     /// # Panics
     ///
     /// If the fork fails.
