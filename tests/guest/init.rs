@@ -86,6 +86,7 @@ fn physical(serial: &File) -> Result<bool, Box<dyn Error>> {
     passed &= test(serial, PHYSICAL, ORDINARY, &["--ignored", "ordinary_user::"])?;
     finit_module(File::open("/modules/devmem_any.ko")?, c"", ModuleInitFlags::empty())?;
     passed &= test(serial, PHYSICAL, ROOT, &["--ignored", "lifted::", "--nocapture", "--test-threads=1"])?;
+    passed &= ends_well(serial, Command::new(PHYSICAL_C).arg(RESERVED))?;
     Ok(passed)
 }
 
@@ -107,9 +108,14 @@ fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<b
         .env("PROPTEST_CASES", "6")
         .env("PAGESTITCH_EMULATED", "1")
         .env("RUST_BACKTRACE", "0");
+    ends_well(serial, &mut command)
+}
+
+/// Runs a program. True if it succeeds.
+fn ends_well(serial: &File, command: &mut Command) -> Result<bool, Box<dyn Error>> {
     let ended = command.stdout(serial.try_clone()?).stderr(serial.try_clone()?).status()?;
     if !ended.success() {
-        writeln!(&*serial, "{program} ended with {ended}")?;
+        writeln!(&*serial, "{} ended with {ended}", command.get_program().display())?;
     }
     Ok(ended.success())
 }
@@ -119,6 +125,9 @@ const DISK: &str = "/dev/nvme0n1";
 const VERITY: &str = "/verity";
 const CGROUPS: &str = "/sys/fs/cgroup";
 const PHYSICAL: &str = "/tests/physical";
+/// The program of C, and the memory that the kernel's command line reserves.
+const PHYSICAL_C: &str = "/tests/physical-c";
+const RESERVED: &str = "0x8000000";
 const ROOT: u32 = 0;
 const ORDINARY: u32 = 65534;
 

@@ -24,15 +24,18 @@ pub(crate) fn pack(programs: &[PathBuf], modules: &[PathBuf]) -> io::Result<Vec<
     Ok(archive.bytes)
 }
 
-/// The file name without the hash that cargo appends.
+/// The file name, without the hash that cargo appends.
 fn name_in_guest(program: &Path) -> String {
     let file = program.file_name().unwrap_or_default().to_string_lossy();
     match file.split_once('-') {
         Some(("guest", "init")) => String::from("init"),
-        Some((name, _hash)) => format!("tests/{name}"),
-        None => format!("tests/{file}"),
+        Some((name, hash)) if hash.len() == HASH => format!("tests/{name}"),
+        _ => format!("tests/{file}"),
     }
 }
+
+/// The digits of that hash.
+const HASH: usize = 16;
 
 #[derive(Default)]
 struct Archive {

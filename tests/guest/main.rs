@@ -4,9 +4,11 @@
 //! `devmem_any.ko`; `ci/guest-kernels` fetches and builds them. Without these the tests are counted as ignored, and a line says why;
 //! `PAGESTITCH_REQUIRE_GUEST=1` makes that a failure. `PAGESTITCH_GUEST_FILTER=word` runs the tests with that word.
 
+mod c_program;
 mod initramfs;
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use serde_json::Value;
 use std::collections::{BTreeSet, HashSet};
 use std::env;
 use std::ffi::OsStr;
@@ -78,8 +80,7 @@ type Programs = Arc<OnceLock<Result<Vec<PathBuf>, String>>>;
 enum Suite {
     /// As root, on two CPUs.
     Promises,
-    /// As an ordinary user, on one CPU. Emulation of one takes half the time, because threads wake each other without an
-    /// interrupt of another CPU.
+    /// As an ordinary user, on one CPU.
     OrdinaryUser,
     /// With reserved memory, and a device whose memory is a file of the host.
     Physical,
@@ -105,8 +106,7 @@ struct Guest {
 
 /// Builds `guest-init` and the test programs statically. `guest-init` comes first.
 fn build_programs() -> Result<Vec<PathBuf>, String> {
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
+    let mut command = cargo();
     command.args(["test", "--no-run", "--message-format=json", "--target", "x86_64-unknown-linux-gnu"]);
     command.args([
         "-p",
@@ -127,26 +127,34 @@ fn build_programs() -> Result<Vec<PathBuf>, String> {
     // Optimised, because emulation is slow. Assertions stay. Guests print no backtraces.
     command.envs([("CARGO_PROFILE_DEV_OPT_LEVEL", "1"), ("CARGO_PROFILE_DEV_DEBUG", "none")]);
     // A runner for tests on this machine must not run in the build.
-    command
-        .env_remove("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER")
-        .current_dir(env!("CARGO_MANIFEST_DIR"));
-    let output = command.output().map_err(|error| format!("cannot run cargo: {error}"))?;
-    if !output.status.success() {
-        return Err(format!("the static build failed:\n{}", String::from_utf8_lossy(&output.stderr)));
-    }
-    let messages = String::from_utf8_lossy(&output.stdout);
-    let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    command.env_remove("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER");
+    let messages = artifacts(&mut command)?;
     // Without the unit tests of guest-init, which are empty.
-    let wanted = |message: &serde_json::Value| {
-        message["target"]["kind"][0] == "test" || message["profile"]["test"] == false
-    };
-    let programs = messages.filter(wanted);
+    let wanted =
+        |message: &Value| message["target"]["kind"][0] == "test" || message["profile"]["test"] == false;
+    let programs = messages.into_iter().filter(wanted);
     let programs: Vec<PathBuf> =
         programs.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).collect();
     match programs.iter().any(|program| program.ends_with("guest-init")) {
         true => Ok(programs),
         false => Err(format!("cargo built no guest-init: {programs:?}")),
     }
+}
+
+/// Runs cargo with `--message-format=json`, and returns what it says of each artifact.
+fn artifacts(command: &mut Command) -> Result<Vec<Value>, String> {
+    let output = command.output().map_err(|error| format!("cannot run cargo: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("{command:?} failed:\n{}", String::from_utf8_lossy(&output.stderr)));
+    }
+    let messages = String::from_utf8_lossy(&output.stdout);
+    Ok(messages.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
+
+fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
 }
 
 /// Why the tests in a guest did not pass.
@@ -194,7 +202,11 @@ impl Guest {
         let folder = target().join("run").join(format!("{}-{:?}", self.version, self.suite));
         let failed = |error: io::Error| format!("{}: {error}", folder.display());
         fs::create_dir_all(&folder).map_err(failed)?;
-        let image = initramfs::pack(programs, &[self.kernel.join("devmem_any.ko")]).map_err(failed)?;
+        let mut programs = programs.to_vec();
+        if self.suite == Suite::Physical {
+            programs.push(c_program::build(&folder)?);
+        }
+        let image = initramfs::pack(&programs, &[self.kernel.join("devmem_any.ko")]).map_err(failed)?;
         fs::write(folder.join("initramfs"), image).map_err(failed)?;
         let (console, tests) = (folder.join("console.log"), folder.join("tests.log"));
         for log in [&console, &tests] {
@@ -235,7 +247,9 @@ impl Guest {
         let mut append = format!("console=ttyS0 panic=-1 loglevel=4 {FASTER} TEST_FILTER={filter}");
         let mut command = Command::new(QEMU);
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
-        command.args(["-accel", "tcg,thread=multi", "-cpu", CPU, "-m", "1024"]);
+        // One thread emulates both CPUs in turns. Were each emulated by a thread of its own, one would spin while the other waits for a
+        // turn on a busy machine, and a guest would take up to twice the time.
+        command.args(["-accel", "tcg,thread=single", "-cpu", CPU, "-m", "1024"]);
         command.args(["-smp", if self.suite == Suite::OrdinaryUser { "1" } else { "2" }]);
         let disk = disk_in(folder);
         if disk.exists() {
@@ -443,5 +457,5 @@ const CPU: &str = "max,-cx16,-erms,-fsrm,-smap,-smep,-la57,-pku,-pks";
 /// Options of the kernel: no detours for defects that an emulated CPU does not have, and no checks of the clock and of the timer,
 /// which a loaded machine fails.
 const FASTER: &str = "mitigations=off tsc=reliable no_timer_check";
-/// A guest alone on two CPUs takes about three minutes. A loaded machine takes several times as long.
+/// A guest takes two to four minutes of one CPU. A loaded machine takes several times as long.
 const PATIENCE: Duration = Duration::from_secs(1200);

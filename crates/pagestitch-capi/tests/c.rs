@@ -111,6 +111,15 @@ fn the_handler_of_sigbus_stays_after_dlclose() {
     run(Command::new(program).arg(library("so")));
 }
 
+/// The guests of `tests/guest` run the program, because this kernel may map no memory of its own.
+#[test]
+fn the_program_of_physical_memory_is_valid_c_and_cpp() {
+    let folder = tempfile::tempdir().unwrap();
+    for compiler in compilers() {
+        compiler.build("tests/c/physical.c", folder.path(), &[]);
+    }
+}
+
 /// Builds a file of `tests/c` by each compiler, and runs it.
 fn each_compiler_runs(program: &str, arguments: &[&Path]) {
     let folder = tempfile::tempdir().unwrap();
