@@ -1,6 +1,7 @@
 //! Writable regions with a budget: written pages go back to their sources when they leave, and no write is
 //! lost.
 
+use crate::machine::rounds;
 use crate::waits::until;
 use crate::{PAGE, pattern};
 use nix::libc::{self, EIO, ENOSPC};
@@ -334,7 +335,7 @@ fn direct_reads_of_a_file_into_pages_that_leave_lose_no_byte() {
         });
         let mut shadow = vec![0; PAGES];
         shadow[0] = of_file(0);
-        for touch in 0..4_000 {
+        for touch in 0..rounds(4_000) {
             let random = mix(touch) as usize;
             let (page, from) = (random % PAGES, random / PAGES % 64);
             assert_eq!(word(&region, page).load(Ordering::Relaxed), shadow[page], "page {page}");

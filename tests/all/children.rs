@@ -140,12 +140,12 @@ fn forks_beside_threads_that_fault_and_discard() {
                     }
                 });
             }
-            for _ in 0..30 {
+            for _ in 0..rounds(30) {
                 passes(forked(|| i32::from(region.as_slice() != bytes)));
             }
             done.store(true, Ordering::SeqCst);
         });
-        until(|| region.metrics().children == 30);
+        until(|| region.metrics().children == rounds(30));
         assert!(descriptors() < before + 5, "descriptors of ended children are closed");
     });
     end.expect_pass();

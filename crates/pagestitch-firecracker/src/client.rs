@@ -9,11 +9,11 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use pagestitch::{Metrics, OnUnavailable, Process};
 use pagestitch_kernel::fd_passing;
 use pagestitch_kernel::uffd::handshake_probe;
-use pagestitch_kernel::{Errno, Features};
+use pagestitch_kernel::{Errno, Features, Uffd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A connected peer that is not served yet.
@@ -42,6 +42,7 @@ pub(crate) struct Requirements {
     pub(crate) on_unavailable: OnUnavailable,
     /// The bytes of memory of a guest.
     pub(crate) bytes: u64,
+    pub(crate) kernel: KernelAnswers,
 }
 
 /// A guest with a complete handshake.
@@ -71,12 +72,17 @@ pub(crate) enum ClientOutcome {
 }
 
 impl Client {
-    pub(crate) fn new(stream: UnixStream, room: DescriptorRoom, handshake_timeout: Duration) -> Self {
+    pub(crate) fn new(
+        stream: UnixStream,
+        room: DescriptorRoom,
+        handshake_timeout: Duration,
+        kernel: KernelAnswers,
+    ) -> Self {
         let user = getsockopt(&stream, PeerCredentials).map_or(u32::MAX, |peer| peer.uid());
         let process = Process::peer(&stream).map(Arc::new);
         // A moment that `Instant` cannot represent counts as no limit.
         let until = Instant::now().checked_add(handshake_timeout);
-        let (handshake, certain) = (PartialHandshake::default(), peers_are_certain());
+        let (handshake, certain) = (PartialHandshake::default(), kernel.peers_are_certain);
         Self { stream, user, room, process, certain, handshake, until, readable: false, verdict: None }
     }
 
@@ -201,7 +207,7 @@ impl Client {
         if guest != requirements.bytes {
             return Err(HandshakeError::Size { guest, file: requirements.bytes });
         }
-        if requirements.on_unavailable == OnUnavailable::Kill || !pages_can_be_poisoned() {
+        if requirements.on_unavailable == OnUnavailable::Kill || !requirements.kernel.pages_can_be_poisoned {
             process.can_kill().map_err(|errno| HandshakeError::CannotKill(errno.into()))?;
         }
         Ok(process)
@@ -239,14 +245,21 @@ impl AsFd for Client {
     }
 }
 
-fn peers_are_certain() -> bool {
-    static CERTAIN: OnceLock<bool> = OnceLock::new();
-    *CERTAIN.get_or_init(|| Process::peers_are_certain().unwrap_or(false))
+/// What this kernel answers, asked at the start of a handler, when descriptors are free.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct KernelAnswers {
+    /// True if the process of a peer is certain, whatever its pid.
+    peers_are_certain: bool,
+    pages_can_be_poisoned: bool,
 }
 
-fn pages_can_be_poisoned() -> bool {
-    static POISON: OnceLock<bool> = OnceLock::new();
-    *POISON.get_or_init(|| handshake_probe().map_or(true, |features| features.contains(Features::POISON)))
+impl KernelAnswers {
+    /// Asks, and prepares the adoption of userfaultfds.
+    pub(crate) fn ask() -> io::Result<Self> {
+        Uffd::prepare_adoption()?;
+        let poison = handshake_probe().map_or(true, |features| features.contains(Features::POISON));
+        Ok(Self { peers_are_certain: Process::peers_are_certain()?, pages_can_be_poisoned: poison })
+    }
 }
 
 /// A refused guest with more than this many times the memory of the snapshot is killed, because

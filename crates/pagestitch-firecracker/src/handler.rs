@@ -10,7 +10,7 @@
 //! ```
 
 use crate::background::FillEnds;
-use crate::client::{Client, ClientOutcome, ReadyGuest, Requirements};
+use crate::client::{Client, ClientOutcome, KernelAnswers, ReadyGuest, Requirements};
 use crate::descriptor_room::DescriptorRoom;
 use crate::guest::OnStop;
 use crate::guest::{ServedGuest, Service};
@@ -50,6 +50,7 @@ pub struct Handler {
     fill_ends: FillEnds,
     /// Set after the process ran out of descriptors: the time of the next attempt to accept.
     accept_paused_until: Option<Instant>,
+    kernel: KernelAnswers,
 }
 
 /// The settings of a handler that do not concern how memory is served.
@@ -84,6 +85,7 @@ impl Handler {
             detaching: 0,
             fill_ends: FillEnds::new()?,
             accept_paused_until: None,
+            kernel: KernelAnswers::ask()?,
         })
     }
 
@@ -202,7 +204,7 @@ impl Handler {
         let room = DescriptorRoom::keep(DESCRIPTORS_PER_GUEST, &self.shutdown);
         let mut room = room.ok_or(Errno::EMFILE)?;
         room.free(DESCRIPTORS_PER_CLIENT);
-        Ok(Client::new(socket.accept()?, room, self.settings.handshake_timeout))
+        Ok(Client::new(socket.accept()?, room, self.settings.handshake_timeout, self.kernel))
     }
 
     /// Leaves connections in the backlog until guests have ended. A guest whose descriptor does not
@@ -263,7 +265,8 @@ impl Handler {
     }
 
     const fn requirements(&self) -> Requirements {
-        Requirements { on_unavailable: self.service.on_unavailable, bytes: self.service.snapshot.bytes() }
+        let (on_unavailable, bytes) = (self.service.on_unavailable, self.service.snapshot.bytes());
+        Requirements { on_unavailable, bytes, kernel: self.kernel }
     }
 
     fn start_guest(&mut self, ready: ReadyGuest, on_event: &mut impl FnMut(&Event<'_>)) {

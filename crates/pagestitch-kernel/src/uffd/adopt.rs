@@ -4,7 +4,7 @@ use super::Uffd;
 use super::kept_fd::KeptFd;
 use super::open::kernel_features;
 use super::opened::{FaultMode, OpenedBy};
-use super::own_process::is_of_this_process;
+use super::own_process;
 use super::read::{ReadMethod, set_nonblocking};
 use crate::errno::Errno;
 use crate::features::Features;
@@ -95,6 +95,23 @@ impl Uffd {
         adopt(fd, None)
     }
 
+    /// Makes now all that [`adopt`](Self::adopt) asks the kernel with, so that later adoptions take no descriptor. A server that
+    /// may run out of descriptors calls it at its start.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), pagestitch_kernel::Errno> {
+    /// pagestitch_kernel::Uffd::prepare_adoption()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`, `ENFILE` or `ENOMEM`, if descriptors or memory are missing. A later adoption tries again.
+    pub fn prepare_adoption() -> Result<(), Errno> {
+        own_process::prepare()
+    }
+
     /// As [`adopt`](Self::adopt), also for memory of this process that another part of the program
     /// has registered.
     ///
@@ -115,7 +132,7 @@ fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptError> {
         return Err(AdoptError::NotUserfaultfd(link.display().to_string()));
     }
     if own.is_none() {
-        match is_of_this_process(fd.as_fd()) {
+        match own_process::is_of_this_process(fd.as_fd()) {
             Ok(false) => {}
             Ok(true) => return Err(AdoptError::OwnMemory),
             Err(Errno::EINVAL) => return Err(AdoptError::NotReady),

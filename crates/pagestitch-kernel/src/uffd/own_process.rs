@@ -19,7 +19,7 @@
 //! which cannot be registered at all.
 
 use super::abi::{self, UffdioCopy, Waiters};
-use super::open::{handshake, kernel_features, open_fd};
+use super::open::{OpenError, handshake, kernel_features, open_fd};
 use super::register::{RegisterMode, register, wake};
 use crate::errno::Errno;
 use crate::features::Features;
@@ -39,12 +39,24 @@ use std::sync::OnceLock;
 /// True if a userfaultfd fills memory of this process. `EINVAL` before its handshake
 /// (`UFFDIO_API`), when no answer is possible yet.
 pub(super) fn is_of_this_process(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
-    static PROBE: OnceLock<Result<Probe, Errno>> = OnceLock::new();
-    match PROBE.get_or_init(Probe::new) {
-        Ok(probe) if probe.generation.is_current() => probe.ask(fd),
-        Err(errno) => Err(*errno),
-        // A forked child has inherited the parent's answers, but not its mappings.
-        Ok(_) => Probe::new()?.ask(fd),
+    let probe = kept(&PROBE, Probe::new)?;
+    // A forked child has inherited the parent's answers, but not its mappings.
+    if probe.generation.is_current() { probe.ask(fd) } else { Probe::new()?.ask(fd) }
+}
+
+/// Makes all that [`is_of_this_process`] needs, so that later calls take no descriptor.
+pub(super) fn prepare() -> Result<(), Errno> {
+    kept(&kept(&PROBE, Probe::new)?.registration, Registration::new).map(drop)
+}
+
+static PROBE: OnceLock<Probe> = OnceLock::new();
+
+/// The value that a call has made before, or now. A failure is not kept, because descriptors and memory that are missing
+/// now may be there at the next call.
+fn kept<T>(place: &OnceLock<T>, make: fn() -> Result<T, Errno>) -> Result<&T, Errno> {
+    match place.get() {
+        Some(value) => Ok(value),
+        None => make().map(|value| place.get_or_init(|| value)),
     }
 }
 
@@ -58,7 +70,7 @@ struct Probe {
     moves: bool,
     /// Made when it is first asked for, because it takes a dozen system calls, and the other request
     /// mostly answers.
-    registration: OnceLock<Result<Registration, Errno>>,
+    registration: OnceLock<Registration>,
 }
 
 /// A registration that the kernel refuses.
@@ -101,9 +113,17 @@ impl Probe {
             moves: false,
             registration: OnceLock::new(),
         };
-        // Without a userfaultfd, the second request is left.
-        if let Some(own) = open_fd().ok().filter(|own| handshake(&own.fd, Features::NONE).is_ok()) {
-            probe.moves = probe.try_move(own.fd.as_fd()) == Err(Errno::ENOENT);
+        match open_fd() {
+            Ok(own) if handshake(&own.fd, Features::NONE).is_ok() => {
+                probe.moves = probe.try_move(own.fd.as_fd()) == Err(Errno::ENOENT);
+            }
+            Err(OpenError {
+                system_call: errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM), ..
+            }) => {
+                return Err(errno);
+            }
+            // Without a userfaultfd, the second request is left.
+            _ => {}
         }
         Ok(probe)
     }
@@ -118,8 +138,7 @@ impl Probe {
                 _ => {}
             }
         }
-        let registration = self.registration.get_or_init(Registration::new);
-        let registration = registration.as_ref().map_err(|errno| *errno)?;
+        let registration = kept(&self.registration, Registration::new)?;
         Ok(registration.attempt(fd) == Err(Errno::EPERM))
     }
 
