@@ -99,8 +99,8 @@ pub enum Error {
         /// The error of the kernel.
         source: io::Error,
     },
-    /// The handler cannot wait for its descriptors.
-    #[error("the handler cannot wait for its descriptors: {0}")]
+    /// The handler cannot make its descriptors, or wait for them.
+    #[error("the handler cannot make its descriptors, or wait for them: {0}")]
     Poll(#[source] io::Error),
 }
 
