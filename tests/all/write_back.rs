@@ -1,16 +1,19 @@
 //! Write-back: written pages reach their sources by a flush or by the drop, and no error loses one.
 
 use crate::changes::records_no_writes;
-use crate::{PAGE, pattern};
+use crate::machine::rounds;
+use crate::{PAGE, SetOnDrop, pattern};
 use nix::libc::{EIO, ENOSPC};
 use pagestitch::source::{WritableFile, WritableSource};
 use pagestitch::{BuildOption, Chunk, Eager, ErrorKind, Pool, Region, SharedRegion, Source, WriteBack};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use proptest::prelude::*;
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, mpsc};
 
 /// A source that logs its writes, and fails on demand.
@@ -111,6 +114,32 @@ fn a_flush_writes_neighbouring_dirty_pages_at_once_and_syncs() {
     let mut all = vec![0; bytes.len()];
     region.read_at(0, &mut all).unwrap();
     assert!(disk.state().bytes == all);
+}
+
+/// A system call that writes changes bytes after the kernel has taken its record of the write.
+#[test]
+fn a_write_beside_a_flush_is_found_by_the_next_one() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    const PAGES: usize = 256;
+    let (disk, is_over) = (Disk::of(&[0; PAGES * PAGE]), AtomicBool::new(false));
+    let region = written_back([Chunk::writable(Arc::clone(&disk))]);
+    scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::SeqCst) {
+                region.flush(..).unwrap();
+            }
+        });
+        let _is_over = SetOnDrop(&is_over);
+        for round in 0..rounds(300) {
+            let bytes = vec![(round % 255) as u8 + 1; PAGES * PAGE];
+            region.write_at(0, &bytes).unwrap();
+            region.flush(..).unwrap();
+            let lost = disk.state().bytes.iter().position(|byte| *byte != bytes[0]);
+            assert_eq!(lost, None, "round {round}");
+        }
+    });
 }
 
 #[test]

@@ -181,7 +181,11 @@ impl SharedRegion {
         let write = |part: &Range<u64>| {
             self.any.let_write(part);
             let inside = (part.start - offset) as usize..(part.end - offset) as usize;
-            self.view.write_at(part.start, &bytes[inside])
+            let write = || self.view.write_at(part.start, &bytes[inside]);
+            match self.any.served.written.as_deref() {
+                Some(written) => written.beside_scans(self.any.served.page_size().covering(part), write),
+                None => write(),
+            }
         };
         match self.shown(&range, || write(&range)) {
             Err(Errno::EFAULT) if self.any.served.residence.is_some() => {

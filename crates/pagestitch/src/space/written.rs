@@ -19,7 +19,7 @@ use pagestitch_kernel::page_scan::PageScan;
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
 use parking_lot::Mutex;
 use std::num::NonZeroUsize;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The use of a record of written pages. Each written page is found once, so there is one use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +52,8 @@ pub(crate) struct WrittenPages {
     reported: AtomicTable,
     /// Locked by [`take`](Self::take), so that each change has one finder.
     turn: Mutex<Turn>,
+    /// The number of scans that have begun, and of those that have ended: odd during a scan.
+    scans: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -86,7 +88,7 @@ impl WrittenPages {
         let words = pages.get().div_ceil(WORD_PAGES);
         let reported = AtomicTable::new(NonZeroUsize::new(words).expect("a region has pages"))?;
         let (notice, scan, turn) = (DiscardNotice::default(), PageScan::open()?, Mutex::default());
-        Ok(Self { used_for, notice, scan, reported, turn })
+        Ok(Self { used_for, notice, scan, reported, turn, scans: AtomicU64::new(0) })
     }
 
     /// True if a page that is filled arrives write-protected. A page that was reported as written and
@@ -133,6 +135,18 @@ impl WrittenPages {
     ) -> Result<(), Errno> {
         let at = Addresses { range, size };
         self.scan.absent(at.range_of(span), |run| each(at.span_of(run)))
+    }
+
+    /// Runs a system call that writes to a span. Such a call removes the markers of some pages and then changes their bytes,
+    /// without another look at the markers: a scan in between returns the pages with their old bytes, and arms them for
+    /// nothing. So the pages of a call beside a scan are returned for the next one.
+    pub(crate) fn beside_scans<R>(&self, span: Span, write: impl FnOnce() -> R) -> R {
+        let before = self.scans.load(Ordering::SeqCst);
+        let written = write();
+        if before % 2 == 1 || self.scans.load(Ordering::SeqCst) != before {
+            self.give_back(&[span]);
+        }
+        written
     }
 
     /// Returns pages whose bytes could not be saved, so that the next call finds them again.
@@ -196,7 +210,8 @@ impl WrittenPages {
         turn: &mut Turn,
         found: &mut Vec<Span>,
     ) -> Result<(), Errno> {
-        self.scan.take_written(at.range_of(span), |run, in_memory| {
+        self.scans.fetch_add(1, Ordering::SeqCst);
+        let scanned = self.scan.take_written(at.range_of(span), |run, in_memory| {
             let span = at.span_of(run);
             let from = found.len();
             if in_memory {
@@ -207,7 +222,9 @@ impl WrittenPages {
                 found.extend(span.iter().filter(written).map(Page::span));
             }
             found[from..].iter().for_each(|span| self.set_reported(*span, turn));
-        })
+        });
+        self.scans.fetch_add(1, Ordering::SeqCst);
+        scanned
     }
 }
 
