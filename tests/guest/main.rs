@@ -159,8 +159,7 @@ fn cargo() -> Command {
 
 /// Why the tests in a guest did not pass.
 enum Failure {
-    /// The guest died before its first program ran: two emulated CPUs now and then execute an instruction
-    /// that the kernel is about to replace.
+    /// The guest died before its first program ran, as an emulated kernel does now and then.
     Kernel(String),
     Tests(String),
 }

@@ -245,7 +245,7 @@ impl AsFd for Client {
     }
 }
 
-/// What this kernel answers, asked at the start of a handler, when descriptors are free.
+/// The answers of this kernel. A handler asks at its start, because descriptors are free then.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KernelAnswers {
     /// True if the process of a peer is certain, whatever its pid.

@@ -95,8 +95,8 @@ impl Uffd {
         adopt(fd, None)
     }
 
-    /// Makes now all that [`adopt`](Self::adopt) asks the kernel with, so that later adoptions take no descriptor. A server that
-    /// may run out of descriptors calls it at its start.
+    /// Prepares the requests by which [`adopt`](Self::adopt) asks the kernel, because they take descriptors and later
+    /// adoptions then take none. A server that may run out of descriptors calls this at its start.
     ///
     /// ```
     /// # fn main() -> Result<(), pagestitch_kernel::Errno> {
