@@ -1,7 +1,7 @@
 //! Many threads touch one page: the page is read once, and all threads go on. Idle threads of a
 //! pool sleep.
 
-use crate::{pattern, spawn_asleep, until};
+use crate::{pattern, until};
 use pagestitch::{Chunk, Placement, Pool, Readahead, Region, Source};
 use pagestitch_kernel::priority::{keep_from_children, nice, set_nice};
 use pagestitch_testkit::scope::scope;
@@ -59,27 +59,27 @@ fn eight_threads_in_step_over_the_same_pages_all_go_on() {
     until(|| region.metrics().pages_installed() == 500);
 }
 
-/// A source that starts a thread, as a runtime does at its first use.
-#[derive(Default)]
+/// A source that starts a thread at each read, as a runtime does at its first use.
 struct Starting {
-    /// The nice values of the worker and of the thread.
-    seen: Mutex<Option<(i32, i32)>>,
+    /// The nice values of the worker and of the thread at each read.
+    seen: Mutex<Vec<(i32, i32)>>,
 }
 
 impl Source for Starting {
     fn size(&self) -> u64 {
-        4096
+        PAGES_IN_STEP * 4096
     }
 
     fn read_at(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
-        *self.seen.lock().unwrap() = Some((nice(), thread::spawn(nice).join().unwrap()));
+        self.seen.lock().unwrap().push((nice(), thread::spawn(nice).join().unwrap()));
         into.fill(7);
         Ok(())
     }
 }
 
-/// The worker is held up until many threads wait for the page, in a region with a userfaultfd of its own
-/// and in one that shares it.
+const PAGES_IN_STEP: u64 = 64;
+
+/// In a region with a userfaultfd of its own and in one that shares it.
 #[test]
 fn threads_that_a_source_starts_do_not_inherit_the_priority_of_a_worker() {
     let usual = nice();
@@ -87,32 +87,37 @@ fn threads_that_a_source_starts_do_not_inherit_the_priority_of_a_worker() {
     let may_raise = thread::spawn(|| keep_from_children().and_then(|()| set_nice(-10)).is_ok());
     let raised = if may_raise.join().unwrap() && usual == 0 { -10 } else { usual };
     for own in [true, false] {
-        // The worker may read the first of the waiting threads alone.
+        // The worker may read of each waiting thread alone.
         until(|| {
-            let (of_worker, of_its_thread) = priorities(own);
-            assert_eq!(of_its_thread, usual, "own userfaultfd: {own}");
-            of_worker == raised
+            let seen = priorities(own);
+            assert!(
+                seen.iter().all(|&(_, of_thread)| of_thread == usual),
+                "own userfaultfd: {own}: {seen:?}"
+            );
+            seen.iter().any(|&(of_worker, _)| of_worker == raised)
         });
     }
 }
 
-/// The priorities of a worker for which many threads wait, and of a thread that its source starts.
-fn priorities(own: bool) -> (i32, i32) {
-    let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
-    let held = Arc::new(Scripted::new(4096).holding(0..1));
-    let holding = Region::builder().chunk(Chunk::source(Arc::clone(&held))).build(&pool).unwrap();
-    let source = Arc::new(Starting::default());
-    let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).report_discards(own);
-    let region = region.build(&pool).unwrap();
+/// The priorities of a worker for which many threads wait in step, and of the threads that its source
+/// starts.
+fn priorities(own: bool) -> Vec<(i32, i32)> {
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let source = Arc::new(Starting { seen: Mutex::default() });
+    let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source))).readahead(Readahead::None);
+    let region = builder.report_discards(own).build(&pool).unwrap();
+    let together = Barrier::new(6);
     scope(|scope| {
-        scope.spawn(|| holding.as_slice()[0]);
-        held.wait_until_held(1);
         for _ in 0..6 {
-            spawn_asleep(scope, || assert_eq!(region.as_slice()[0], 7));
+            scope.spawn(|| {
+                for page in region.as_slice().chunks(4096) {
+                    together.wait();
+                    assert_eq!(page[0], 7);
+                }
+            });
         }
-        held.release();
     });
-    source.seen.lock().unwrap().expect("the page was read")
+    source.seen.lock().unwrap().clone()
 }
 
 #[test]

@@ -12,6 +12,7 @@ pub(crate) const HANG: Duration = Duration::from_secs(120);
 
 /// Waits until `done` is true. Counters may lag behind the bytes that they count, because a thread
 /// runs on as soon as the kernel has its page. The limit ends a hang and orders nothing.
+#[track_caller]
 pub(crate) fn until(done: impl FnMut() -> bool) {
     assert!(comes_true(done), "the condition is still false after {HANG:?}");
 }
@@ -23,6 +24,7 @@ pub(crate) fn comes_true(done: impl FnMut() -> bool) -> bool {
 
 /// Serves as a loop of the application does, whenever the descriptor is readable, until `done` is
 /// true.
+#[track_caller]
 pub(crate) fn serve_until(manual: &mut Manual, budget: usize, mut done: impl FnMut() -> bool) {
     let started = Instant::now();
     while !done() {

@@ -33,6 +33,7 @@ pub fn readable(fd: impl AsFd, limit: Duration) -> bool {
 /// # Panics
 ///
 /// If the condition `what` does not hold within a minute.
+#[track_caller]
 pub fn until(what: &str, done: impl FnMut() -> bool) {
     assert!(comes_true(TIME_LIMIT, done), "not within {TIME_LIMIT:?}: {what}");
 }
