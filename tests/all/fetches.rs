@@ -364,7 +364,7 @@ struct Counted(Arc<Open>);
 
 impl Fetch for Counted {
     fn size(&self) -> u64 {
-        1000 * PAGE as u64
+        300 * PAGE as u64
     }
 
     fn fetch(&self, _: u64, reply: Reply) {
@@ -382,16 +382,26 @@ impl Fetch for Counted {
 #[test]
 fn a_prefetch_is_within_the_limits() {
     for (of_region, of_pool, most) in [(None, Some(4), 2), (Some(1), None, 1), (Some(3), Some(4), 2)] {
-        let open = Arc::new(Open::default());
-        let pool = of_pool.into_iter().fold(Pool::builder(), |pool, most| pool.max_in_flight(most));
-        // A worker that a slow machine holds up is not replaced, because a replacement's fault counts.
-        let pool = pool.workers(2).max_workers(2).start().unwrap();
-        let region = Region::builder().chunk(Chunk::fetch(Arc::new(Counted(Arc::clone(&open)))));
-        let region = of_region.into_iter().fold(region, |region, most| region.max_in_flight(most));
-        let region = region.build(&pool).unwrap();
-        assert!(region.as_slice().iter().all(|&byte| byte == 7));
-        // With a limit of one fault, the reader may always be faster than a prefetch.
-        assert!(region.close().pages_ahead > 0 || of_region == Some(1));
-        assert!(open.most.load(Ordering::SeqCst) <= most, "{of_region:?} {of_pool:?}");
+        // On one CPU a reader may be faster than all prefetches.
+        until(|| {
+            let (ahead, open) = read_in_order(of_region, of_pool);
+            assert!(open <= most, "{of_region:?} {of_pool:?}: {open}");
+            // With a limit of one fault, it may be so each time.
+            ahead > 0 || of_region == Some(1)
+        });
     }
+}
+
+/// Reads a region with limits from its start to its end. Returns the pages filled ahead, and the most
+/// requests that were open at once.
+fn read_in_order(of_region: Option<usize>, of_pool: Option<usize>) -> (u64, usize) {
+    let open = Arc::new(Open::default());
+    let pool = of_pool.into_iter().fold(Pool::builder(), |pool, most| pool.max_in_flight(most));
+    // A worker that a slow machine holds up is not replaced, because a replacement's fault counts.
+    let pool = pool.workers(2).max_workers(2).start().unwrap();
+    let region = Region::builder().chunk(Chunk::fetch(Arc::new(Counted(Arc::clone(&open)))));
+    let region = of_region.into_iter().fold(region, |region, most| region.max_in_flight(most));
+    let region = region.build(&pool).unwrap();
+    assert!(region.as_slice().iter().all(|&byte| byte == 7));
+    (region.close().pages_ahead, open.most.load(Ordering::SeqCst))
 }
