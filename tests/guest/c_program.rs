@@ -1,6 +1,6 @@
 //! The program of C that shows physical memory through the C library.
 
-use crate::{artifacts, cargo};
+use crate::{COMPILER, artifacts, cargo};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -8,7 +8,7 @@ use std::process::Command;
 pub(crate) fn build(folder: &Path) -> Result<PathBuf, String> {
     let library = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../crates/pagestitch-capi");
     let program = folder.join("physical-c");
-    let mut compiler = Command::new("gcc");
+    let mut compiler = Command::new(COMPILER);
     compiler.args(["-static", "-s", "-D_GNU_SOURCE", "-I"]).arg(library.join("include"));
     compiler.arg(library.join("tests/c/physical.c")).arg(archive()?);
     // Unused parts of the archive need symbols that only a shared C library has.

@@ -1,6 +1,6 @@
 //! The promises on older kernels, and physical memory: the test programs, statically linked, in emulated guests.
 //!
-//! Needs `qemu-system-x86_64` and, for each kernel, a folder `target/guest/kernels/VERSION` with a `vmlinuz` and a
+//! Needs `qemu-system-x86_64`, `gcc` and, for each kernel, a folder `target/guest/kernels/VERSION` with a `vmlinuz` and a
 //! `devmem_any.ko`; `ci/guest-kernels` fetches and builds them. Without these the tests are counted as ignored, and a line says why;
 //! `PAGESTITCH_REQUIRE_GUEST=1` makes that a failure. `PAGESTITCH_GUEST_FILTER=word` runs the tests with that word.
 
@@ -54,9 +54,12 @@ fn kernels() -> Result<Vec<PathBuf>, String> {
     if !cfg!(target_arch = "x86_64") {
         return Err(String::from("guests are x86-64, and static programs for them are built on x86-64"));
     }
-    let found = Command::new(QEMU).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    if found.is_err() {
-        return Err(format!("there is no {QEMU}: apt-get install --no-install-recommends qemu-system-x86"));
+    for (program, package) in [(QEMU, "qemu-system-x86"), (COMPILER, COMPILER)] {
+        let found =
+            Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+        if found.is_err() {
+            return Err(format!("there is no {program}: apt-get install --no-install-recommends {package}"));
+        }
     }
     let kernels = fs::read_dir(target().join("kernels")).map(|entries| {
         let folders = entries.filter_map(|entry| Some(entry.ok()?.path()));
@@ -349,6 +352,8 @@ fn names_end_the_message() {
     let many: String =
         (0..MOST_NAMES + 2).map(|number| format!("test {number} ... FAILED <0.1s>\n")).collect();
     assert!(names(&many).ends_with("\n    and 2 more\n"), "{}", names(&many));
+    let of_c = "GUEST-RUN\nphysical.c:7: not true: one == 2\n/tests/physical-c ended with signal: 6\n";
+    assert_eq!(failures(of_c).lines().count(), 2);
 }
 
 /// The disk of a guest, if it has one.
@@ -421,7 +426,7 @@ fn failures(said: &str) -> String {
     let mut failed = false;
     let telling = said.lines().filter(|line| {
         failed = (failed || *line == "failures:") && !line.starts_with("test result");
-        failed || line.ends_with("FAILED")
+        failed || line.ends_with("FAILED") || line.contains("not true: ") || line.contains(" ended with ")
     });
     telling.collect::<Vec<_>>().join("\n")
 }
@@ -449,6 +454,8 @@ const STILL_RUNNING: &str = " has been running for over 60 seconds";
 /// The most names of failed tests that end a message.
 const MOST_NAMES: usize = 10;
 const QEMU: &str = "qemu-system-x86_64";
+/// Links the static programs.
+const COMPILER: &str = "gcc";
 /// 6.12 panics now and then on the emulated cmpxchg16b of QEMU 7.2. Without the other features the kernel chooses instructions
 /// that are emulated in less time: strings of words and not of bytes, no switch of protections around each copy, four levels of
 /// page tables.
@@ -457,4 +464,4 @@ const CPU: &str = "max,-cx16,-erms,-fsrm,-smap,-smep,-la57,-pku,-pks";
 /// which a loaded machine fails.
 const FASTER: &str = "mitigations=off tsc=reliable no_timer_check";
 /// A guest takes two to four minutes of one CPU. A loaded machine takes several times as long.
-const PATIENCE: Duration = Duration::from_secs(1200);
+const PATIENCE: Duration = Duration::from_secs(1800);

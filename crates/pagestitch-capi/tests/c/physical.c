@@ -71,7 +71,7 @@ static void frames_of_pieces(void) {
     const volatile unsigned char *shown = (const volatile unsigned char *)ps_region_data(region);
     for (int page = 0; page < PAGES; page++)
         CHECK(shown[page * PAGE + 7] == PAGES - page);
-    memory[5] = 200;
+    ((volatile unsigned char *)memory)[5] = 200;
     CHECK(shown[(PAGES - 1) * PAGE + 5] == 200);
     end(region, PAGES);
     CHECK(!munmap(memory, PAGES * PAGE));
