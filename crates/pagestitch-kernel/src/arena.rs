@@ -238,33 +238,82 @@ impl Discards {
         Self { own: own.filter(works) }
     }
 
-    /// Drops spans of a reservation, as [`Evictable::discard`] does. Returns the number of leading spans
-    /// that are dropped: the span after them is refused.
+    /// Drops the runs from the `first`-th on, as [`Evictable::discard`] does. Returns the number of those that
+    /// are dropped: the run after them is refused.
     ///
     /// # Panics
     ///
-    /// If there are more than [`DISCARDS_MAX`] spans.
-    pub fn discard(&self, from: &Evictable, spans: &[Span]) -> usize {
-        let at_once = |own: &OwnedFd| spans.len() > 1 && discard_at_once(own, from, spans);
+    /// If there are fewer than `first` runs.
+    pub fn discard<const N: usize>(&self, runs: &Runs<'_, N>, first: usize) -> usize {
+        let ranges = &runs.ranges[first..runs.len];
+        let bytes = ranges.iter().map(|range| range.iov_len).sum();
+        let at_once = |own: &OwnedFd| ranges.len() > 1 && advise_all(own, ranges) == Ok(bytes);
         if self.own.as_ref().is_some_and(at_once) {
-            return spans.len();
+            return ranges.len();
         }
         // Dropping a page twice is harmless.
-        spans.iter().take_while(|span| from.discard(**span).is_ok()).count()
+        (first..runs.len).take_while(|&run| runs.from.discard(runs.get(run)).is_ok()).count()
     }
 }
 
-/// True if all spans are dropped.
-fn discard_at_once(own: &OwnedFd, from: &Evictable, spans: &[Span]) -> bool {
-    let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; DISCARDS_MAX];
-    let vectors = &mut vectors[..spans.len()];
-    let mut bytes = 0;
-    for (vector, span) in vectors.iter_mut().zip(spans) {
-        let range = from.0.addresses(*span);
-        *vector = libc::iovec { iov_base: range.start() as *mut c_void, iov_len: range.bytes() };
-        bytes += range.bytes();
+/// Up to `N` runs of pages of a reservation, in the form in which the kernel drops them: 16 bytes each,
+/// because they are on the stack of a signal handler perhaps.
+#[derive(Debug)]
+pub struct Runs<'e, const N: usize> {
+    from: &'e Evictable,
+    /// Of runs of `from`, and `len` of them.
+    ranges: [libc::iovec; N],
+    len: usize,
+}
+
+impl<'e, const N: usize> Runs<'e, N> {
+    /// No runs yet.
+    #[must_use]
+    pub const fn of(from: &'e Evictable) -> Self {
+        Self { from, ranges: [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; N], len: 0 }
     }
-    advise_all(own, vectors) == Ok(bytes)
+
+    /// Adds a run.
+    ///
+    /// # Panics
+    ///
+    /// If there are `N` runs already, or if the run is not inside the reservation.
+    pub fn push(&mut self, run: Span) {
+        let range = self.from.0.addresses(run);
+        self.ranges[self.len] =
+            libc::iovec { iov_base: range.start() as *mut c_void, iov_len: range.bytes() };
+        self.len += 1;
+    }
+
+    /// A run, by its number.
+    ///
+    /// # Panics
+    ///
+    /// If there is none of that number.
+    #[must_use]
+    pub fn get(&self, number: usize) -> Span {
+        let (range, reservation) = (&self.ranges[..self.len][number], &self.from.0);
+        let first = reservation.page_at(range.iov_base.addr()).expect("a page of the reservation");
+        Span { first, pages: range.iov_len / reservation.page_size().bytes() }
+    }
+
+    /// The number of runs.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True without a run.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// True if there is no room for another run.
+    #[must_use]
+    pub const fn is_full(&self) -> bool {
+        self.len == N
+    }
 }
 
 impl Default for Discards {
@@ -272,9 +321,6 @@ impl Default for Discards {
         Self::new()
     }
 }
-
-/// The most spans of one [`Discards::discard`], whose vector is on the stack of a signal handler perhaps.
-pub const DISCARDS_MAX: usize = 32;
 
 fn own_process() -> Result<OwnedFd, Errno> {
     // SAFETY: pidfd_open(2) takes integers and touches no memory.

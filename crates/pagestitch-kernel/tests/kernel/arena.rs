@@ -3,7 +3,7 @@
 use crate::{has, page};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use pagestitch_kernel::arena::{ArenaError, Discards};
+use pagestitch_kernel::arena::{ArenaError, Discards, Runs};
 use pagestitch_kernel::uffd::{Arrival, RegisterMode};
 use pagestitch_kernel::{
     Access, Arena, Batch, Errno, Evictable, Features, Outcome, Page, PageSize, Span, StableView, Uffd, View,
@@ -137,13 +137,20 @@ fn a_thread_that_touches_a_page_in_a_slot_waits_for_it() {
 }
 
 #[test]
-fn several_spans_are_dropped_at_once() {
+fn several_runs_are_dropped_at_once() {
     let bounded = Bounded::new(8);
     let discards = Discards::new();
     let span = |first, pages| Span { first: Page(first), pages };
-    assert_eq!(discards.discard(&bounded.from, &[span(1, 2), span(4, 1), span(6, 2)]), 3);
+    let mut runs = Runs::<3>::of(&bounded.from);
+    assert!(runs.is_empty());
+    [span(1, 2), span(4, 1), span(6, 2)].into_iter().for_each(|run| runs.push(run));
+    assert!(runs.is_full());
+    assert_eq!([runs.get(0), runs.get(1), runs.get(2)], [span(1, 2), span(4, 1), span(6, 2)]);
+    assert_eq!(discards.discard(&runs, 0), 3);
     assert_eq!(bounded.present(), [true, false, false, true, false, true, false, false]);
-    assert_eq!(discards.discard(&bounded.from, &[span(3, 1)]), 1);
+    let mut runs = Runs::<8>::of(&bounded.from);
+    [span(0, 1), span(3, 1)].into_iter().for_each(|run| runs.push(run));
+    assert_eq!((runs.len(), discards.discard(&runs, 1)), (2, 1));
     assert_eq!(bounded.present(), [true, false, false, false, false, true, false, false]);
     assert_eq!(bounded.fill(2), Outcome::Done);
     assert_eq!(bounded.byte(2), 3);

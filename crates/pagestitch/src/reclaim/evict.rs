@@ -9,15 +9,15 @@ use crate::reclaim::state::{BATCH, Chooser, Standby, count, key_of, member_of, p
 use crate::reclaim::write_back::{Batch, has_padding};
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, PageState};
-use pagestitch_kernel::arena::DISCARDS_MAX;
+use pagestitch_kernel::arena::Runs;
 use pagestitch_kernel::sync::MutexGuard;
 use pagestitch_kernel::sync::atomic::Ordering;
 use pagestitch_kernel::{Outcome, Page, Span};
 use std::sync::Arc;
 
 impl State {
-    /// Moves a batch of pages to the standby list, and empties slots for the next batch. Passes over its
-    /// turn, and returns false, if another thread is choosing or there is no page.
+    /// Moves a batch of pages to the standby list, and empties slots for the next batch; or drops the batch.
+    /// Passes over its turn, and returns false, if another thread is choosing or there is no page.
     pub(super) fn evict(&self) -> bool {
         let mut room = [0; BATCH];
         let Some(mut chooser) = self.try_choose() else { return false };
@@ -27,14 +27,14 @@ impl State {
             self.drop_block(first);
             return true;
         }
-        let Some(standby) = &self.standby else {
-            let victims = chooser.victims(&mut room);
+        let Some(standby) = self.standby_of_batch(&mut chooser) else {
+            let victims = chooser.victims_to_drop(&mut room);
             drop(chooser);
             return self.drop_pages(victims) > 0;
         };
         let run = standby.begin_empty(&mut chooser, 2 * BATCH);
         let (slot, most) = standby.slots.take(&mut chooser.ends, BATCH);
-        let victims = chooser.victims(&mut room[..most]);
+        let victims = chooser.victims_to_move(&mut room[..most]);
         drop(chooser);
         if let Some(run) = run {
             self.empty(standby, run);
@@ -43,6 +43,14 @@ impl State {
         self.move_out(standby, victims, slot);
         standby.skip(slot + chosen, most - chosen);
         chosen > 0
+    }
+
+    /// The standby list, if the next batch of pages passes through it. All written pages do.
+    pub(super) fn standby_of_batch(&self, chooser: &mut Chooser) -> Option<&Standby> {
+        let standby = self.standby.as_ref()?;
+        let has_writes = self.writes.regions.load(Ordering::Relaxed) > 0;
+        let returned = self.tally.soft_faults.load(Ordering::Relaxed);
+        (chooser.sampling.takes_next(returned) || has_writes).then_some(standby)
     }
 
     /// Frees memory: that of the oldest slots; if there is none, that of resident pages. False if there is
@@ -69,7 +77,7 @@ impl State {
             }
         }
         let mut room = [0; BATCH];
-        let victims = chooser.victims(&mut room);
+        let victims = chooser.victims_to_drop(&mut room);
         let block = if victims.is_empty() { chooser.blocks.last_resort() } else { None };
         drop(chooser);
         self.take_away(victims, taken) || block.is_some_and(|first| self.drop_block(first))
@@ -93,7 +101,7 @@ impl State {
         self.each_region(victims, |share, group| {
             let Some(share) = share else { return };
             let Some(standby) = self.standby.as_ref().filter(|_| share.dirty.is_some()) else {
-                share.enter(&mut |region| gone += share.drop_pages(region, group));
+                share.enter(&mut |region| gone += share.drop_pages::<RUNS>(region, group));
                 return;
             };
             let (now, rest) = group.split_at(group.len().min(slots - used));
@@ -138,7 +146,7 @@ impl State {
         let mut dropped = 0;
         self.each_region(victims, |share, group| {
             if let Some(share) = share {
-                share.enter(&mut |region| dropped += share.drop_pages(region, group));
+                share.enter(&mut |region| dropped += share.drop_pages::<RUNS>(region, group));
             }
         });
         dropped
@@ -357,35 +365,41 @@ impl Share {
         self.left_memory(1);
     }
 
-    /// Drops pages, in the order of their addresses. Returns their number.
-    fn drop_pages(&self, region: &Mapping, pages: &[PageKey]) -> usize {
-        let quiet = Quiet(region);
-        let (mut done, mut dropped) = (0, 0);
-        while done < pages.len() {
-            let (mut runs, mut claimed) = ([Span { first: Page(0), pages: 0 }; DISCARDS_MAX], 0);
-            while done < pages.len() && claimed < runs.len() {
-                let run = leading_run(&pages[done..]);
-                let run = run.prefix(self.pins.free_prefix(run).pages.max(1));
-                match region.pages.claim_present(run, &quiet) {
-                    Ok(mut claim) if self.pins.free_prefix(claim.span()) != claim.span() => {
-                        // A later page may have been pinned since: then the run is claimed again.
-                        done += usize::from(self.pins.has(run.first));
-                        claim.settle(claim.span().pages, PageState::Present);
-                    }
-                    Ok(claim) => {
-                        runs[claimed] = claim.keep();
-                        done += runs[claimed].pages;
-                        claimed += 1;
-                    }
-                    Err(state) => {
-                        done += 1;
-                        self.forget_absent(region, run.first, state);
-                    }
+    /// Drops pages, in the order of their addresses, `N` runs at a time. Returns their number.
+    pub(super) fn drop_pages<const N: usize>(&self, region: &Mapping, pages: &[PageKey]) -> usize {
+        let (mut rest, mut dropped) = (pages, 0);
+        while !rest.is_empty() {
+            let mut runs = Runs::<N>::of(&self.evictable);
+            while !rest.is_empty() && !runs.is_full() {
+                let (done, claimed) = self.claim_to_drop(region, leading_run(rest));
+                if claimed {
+                    runs.push(leading_run(rest).prefix(done));
                 }
+                rest = &rest[done..];
             }
-            dropped += self.drop_runs(region, &runs[..claimed]);
+            dropped += self.drop_runs(region, &runs);
         }
         dropped
+    }
+
+    /// Claims the first pages of a run. Returns the number of pages that are done, and true if these are
+    /// claimed.
+    #[inline(never)] // a signal handler has a small stack
+    fn claim_to_drop(&self, region: &Mapping, run: Span) -> (usize, bool) {
+        let quiet = Quiet(region);
+        let free = run.prefix(self.pins.free_prefix(run).pages.max(1));
+        match region.pages.claim_present(free, &quiet) {
+            Ok(mut claim) if self.pins.free_prefix(claim.span()) != claim.span() => {
+                // A later page may have been pinned since: then the run is claimed again.
+                claim.settle(claim.span().pages, PageState::Present);
+                (usize::from(self.pins.has(run.first)), false)
+            }
+            Ok(claim) => (claim.keep().pages, true),
+            Err(state) => {
+                self.forget_absent(region, run.first, state);
+                (1, false)
+            }
+        }
     }
 
     /// Drops the pages of a span that are present and not pinned. Returns their number.
@@ -401,9 +415,10 @@ impl Share {
                         done = 0;
                     }
                     Ok(claim) => {
-                        let run = claim.keep();
-                        dropped += self.drop_runs(region, &[run]);
-                        done = run.pages;
+                        let mut runs = Runs::<1>::of(&self.evictable);
+                        runs.push(claim.keep());
+                        dropped += self.drop_runs(region, &runs);
+                        done = runs.get(0).pages;
                     }
                     Err(state) => self.forget_absent(region, run.first, state),
                 }
@@ -414,15 +429,17 @@ impl Share {
     }
 
     /// Drops claimed runs. Returns the number of their pages.
-    fn drop_runs(&self, region: &Mapping, runs: &[Span]) -> usize {
-        let (mut rest, mut dropped) = (runs, 0);
-        while !rest.is_empty() {
-            let (gone, others) = rest.split_at(self.state.discards.discard(&self.evictable, rest));
-            dropped += gone.iter().map(|run| self.settle_gone(region, *run)).sum::<usize>();
-            let Some((refused, others)) = others.split_first() else { break };
-            // Some of its pages may be locked. The kernel stops at the first of these.
-            dropped += refused.iter().map(|page| self.drop_page(region, page)).sum::<usize>();
-            rest = others;
+    fn drop_runs<const N: usize>(&self, region: &Mapping, runs: &Runs<'_, N>) -> usize {
+        let (mut done, mut dropped) = (0, 0);
+        while done < runs.len() {
+            let gone = self.state.discards.discard(runs, done);
+            dropped += (done..done + gone).map(|run| self.settle_gone(region, runs.get(run))).sum::<usize>();
+            done += gone;
+            if done < runs.len() {
+                // Some of its pages may be locked. The kernel stops at the first of these.
+                dropped += runs.get(done).iter().map(|page| self.drop_page(region, page)).sum::<usize>();
+                done += 1;
+            }
         }
         dropped
     }
@@ -430,7 +447,7 @@ impl Share {
     /// Drops a claimed page, unless the kernel refuses it. Returns the number of pages that are dropped.
     fn drop_page(&self, region: &Mapping, page: Page) -> usize {
         let span = page.span();
-        if self.state.discards.discard(&self.evictable, &[span]) == 1 {
+        if self.evictable.discard(span).is_ok() {
             return self.settle_gone(region, span);
         }
         count(&self.state.tally.refused, 1);
@@ -440,6 +457,7 @@ impl Share {
     }
 
     /// The pages of a claimed run are dropped. Returns their number.
+    #[inline(never)]
     fn settle_gone(&self, region: &Mapping, run: Span) -> usize {
         run.iter().for_each(|page| {
             self.places.set(page, Place::Gone);
@@ -456,6 +474,9 @@ impl Share {
         self.state.release(pages);
     }
 }
+
+/// The runs that are dropped at once: a batch of pages that do not follow each other.
+const RUNS: usize = BATCH;
 
 /// The pages of the block that begins with a page.
 pub(super) const fn block_at(first: PageKey) -> Span {

@@ -105,14 +105,33 @@ impl State {
         if chosen.is_block {
             self.drop_run(keys[0], block_at(keys[0]));
         }
+        let victims = &keys[..chosen.victims];
+        let left = match chosen.slot {
+            Some(slot) => self.move_few(victims, slot),
+            None => self.drop_few(victims),
+        };
+        chosen.is_block || left > 0
+    }
+
+    /// Moves pages to slots, from `slot` on. Returns the number of those that have moved.
+    fn move_few(&self, victims: &[PageKey], slot: usize) -> usize {
         let (mut done, mut left) = (0, 0);
-        while done < chosen.victims {
-            let run = leading_run(&keys[done..chosen.victims]);
-            let (now, gone) = self.take_away_run(keys[done], run, chosen.slot.map(|slot| slot + done));
+        while done < victims.len() {
+            let (now, gone) = self.move_run(victims[done], leading_run(&victims[done..]), slot + done);
             done += now;
             left += gone;
         }
-        chosen.is_block || left > 0
+        left
+    }
+
+    /// Drops pages. Returns the number of those that are dropped.
+    fn drop_few(&self, victims: &[PageKey]) -> usize {
+        let mut dropped = 0;
+        for group in victims.chunk_by(|one, two| member_of(*one) == member_of(*two)) {
+            let last = group[group.len() - 1];
+            self.enter_region(last, &mut |share, region| dropped += share.drop_pages::<FEW>(region, group));
+        }
+        dropped
     }
 
     /// Chooses a few pages, in the order of their regions and addresses, or a block by its first page.
@@ -125,25 +144,27 @@ impl State {
     ) -> Chosen {
         chooser.take_note(&self.arrivals);
         let mut chosen = Chosen { emptied: None, is_block: false, slot: None, victims: 0 };
-        let mut most = FEW;
         let mut block = chooser.blocks.victim();
-        if let Some(standby) = self.standby.as_ref().filter(|_| block.is_none()) {
-            let free = if need == Need::Now { usize::MAX } else { 2 * BATCH };
-            chosen.emptied = standby.begin_empty(&mut chooser, free).filter(|run| !run.slots().is_empty());
-            match need {
-                Need::Now if chosen.emptied.is_some() => return chosen,
-                Need::Now => {}
-                Need::Later => {
-                    let (slot, taken) = standby.slots.take_in_a_row(&mut chooser.ends, FEW);
-                    (chosen.slot, most) = (Some(slot), taken);
-                }
-            }
-        }
         if block.is_none() {
-            chosen.victims = chooser.victims(&mut keys[..most]).len();
-        }
-        if let (Some(standby), Some(slot)) = (&self.standby, chosen.slot) {
-            standby.skip(slot + chosen.victims, most - chosen.victims);
+            let standby = match need {
+                Need::Now => self.standby.as_ref(),
+                Need::Later => self.standby_of_batch(&mut chooser),
+            };
+            if let Some(standby) = standby {
+                let free = if need == Need::Now { usize::MAX } else { 2 * BATCH };
+                let emptied = standby.begin_empty(&mut chooser, free);
+                chosen.emptied = emptied.filter(|run| !run.slots().is_empty());
+            }
+            match (need, standby) {
+                (Need::Now, _) if chosen.emptied.is_some() => return chosen,
+                (Need::Later, Some(standby)) => {
+                    let (slot, taken) = standby.slots.take_in_a_row(&mut chooser.ends, FEW);
+                    chosen.victims = chooser.victims_to_move(&mut keys[..taken]).len();
+                    standby.skip(slot + chosen.victims, taken - chosen.victims);
+                    chosen.slot = Some(slot);
+                }
+                _ => chosen.victims = chooser.victims_to_drop(keys).len(),
+            }
         }
         if block.is_none() && chosen.victims == 0 && need == Need::Now {
             block = chooser.blocks.last_resort();
@@ -154,16 +175,14 @@ impl State {
         chosen
     }
 
-    /// Moves the first pages of a run to slots, or drops the run. Returns the number of pages that are done,
-    /// and that of those that have left.
+    /// Moves the first pages of a run to slots. Returns the number of pages that are done, and that of those
+    /// that have moved.
     #[inline(never)]
-    fn take_away_run(&self, first: PageKey, run: Span, slot: Option<usize>) -> (usize, usize) {
-        let (Some(standby), Some(slot)) = (&self.standby, slot) else {
-            return (run.pages, self.drop_run(first, run));
-        };
+    fn move_run(&self, first: PageKey, run: Span, slot: usize) -> (usize, usize) {
+        let Some(standby) = &self.standby else { return (run.pages, 0) };
         let mut moved = None;
         let mut work =
-            |share: &Share, region: &Mapping| moved = Some(share.move_few(region, standby, run, slot));
+            |share: &Share, region: &Mapping| moved = Some(share.move_first(region, standby, run, slot));
         self.enter_region(last_of(first, run), &mut work);
         let Some(moved) = moved else {
             // The region ends, and its pages with it.
@@ -204,7 +223,7 @@ impl State {
 impl Share {
     /// Moves the first pages of a run to slots. Returns the number of pages that have moved. If it is 0, the
     /// first page is done.
-    fn move_few(&self, region: &Mapping, standby: &Standby, run: Span, slot: usize) -> usize {
+    fn move_first(&self, region: &Mapping, standby: &Standby, run: Span, slot: usize) -> usize {
         let quiet = Quiet(region);
         match region.pages.claim_present(run, &quiet) {
             Ok(mut claim) => self.move_run(&mut claim, standby, slot, None),

@@ -11,6 +11,7 @@
 //! | `pressure` | reports of memory pressure lower the marks |
 //! | `requested` | pages that leave or stay because the application asks for it |
 //! | `pins` | pages that do not leave |
+//! | `sampling` | the share of the pages that pass through the standby list |
 //! | `soft_fault` | brings a page back from the standby list or the modified list |
 //! | `dirty` | the written pages of a region, and the states of a page |
 //! | `write_back` | dirty pages that have left go to their sources |
@@ -28,9 +29,11 @@
 //! ```text
 //!                 make_room                tidy: a batch of 64
 //!   fault ─────▶ fill, install ─▶ resident ────────────────────▶ standby ─────▶ gone
-//!                                    ▲                              │  empty: one call for many slots
-//!                                    └──────── soft fault ──────────┘
-//!                                              no read of the source
+//!                                  │ ▲                              │  empty: one call for many slots
+//!                                  │ └──────── soft fault ──────────┘              ▲
+//!                                  │           no read of the source               │
+//!                                  └───────────────────────────────────────────────┘
+//!                                    drop: most batches, while few pages come back
 //! ```
 //!
 //! Victims are chosen under a lock, and moved outside of it. A thread that evicts holds the claim of a page
@@ -58,6 +61,7 @@ mod places;
 mod pressure;
 mod promise;
 mod requested;
+mod sampling;
 mod share;
 mod slots;
 mod soft_fault;

@@ -5,6 +5,7 @@ use crate::reclaim::arrivals::Arrivals;
 use crate::reclaim::blocks::{BLOCK_PAGES, Blocks};
 use crate::reclaim::dirty::Writes;
 use crate::reclaim::marks::Marks;
+use crate::reclaim::sampling::Sampling;
 use crate::reclaim::slots::{Ends, Slots};
 use pagestitch_kernel::arena::{Arena, Discards};
 use pagestitch_kernel::fork::ForkGeneration;
@@ -63,6 +64,7 @@ pub(super) struct Chooser {
     pub(super) policy: Box<dyn Replacement>,
     pub(super) blocks: Blocks,
     pub(super) ends: Ends,
+    pub(super) sampling: Sampling,
 }
 
 /// The events of a budget since it was made.
@@ -105,7 +107,12 @@ impl<S: Send + Sync> State<S> {
             arrivals: Arrivals::new(room)?,
             standby,
             discards: Discards::new(),
-            chooser: Mutex::new(Chooser { policy, blocks: Blocks::new(limit), ends: Ends::default() }),
+            chooser: Mutex::new(Chooser {
+                policy,
+                blocks: Blocks::new(limit),
+                ends: Ends::default(),
+                sampling: Sampling::new(),
+            }),
             permits: AtomicUsize::new(0),
             writes: Writes::default(),
             buffers: Mutex::new(Vec::new()),
@@ -240,8 +247,21 @@ impl Chooser {
         self.blocks.forget(&|first| is_gone(first) && is_gone(first + BLOCK_PAGES as u64 - 1));
     }
 
-    /// Chooses pages that leave, in the order of their regions and addresses.
-    pub(super) fn victims<'v>(&mut self, room: &'v mut [PageKey]) -> &'v mut [PageKey] {
+    /// Chooses pages that leave for the standby list, in the order of their regions and addresses.
+    pub(super) fn victims_to_move<'v>(&mut self, room: &'v mut [PageKey]) -> &'v mut [PageKey] {
+        let victims = self.victims(room);
+        self.sampling.note_moved(victims.len());
+        victims
+    }
+
+    /// Chooses pages that leave at once, in the order of their regions and addresses.
+    pub(super) fn victims_to_drop<'v>(&mut self, room: &'v mut [PageKey]) -> &'v mut [PageKey] {
+        let victims = self.victims(room);
+        victims.iter().for_each(|page| self.policy.dropped(*page));
+        victims
+    }
+
+    fn victims<'v>(&mut self, room: &'v mut [PageKey]) -> &'v mut [PageKey] {
         let mut chosen = 0;
         for place in room.iter_mut() {
             let Some(page) = self.policy.victim() else { break };
