@@ -4,7 +4,6 @@
 use crate::guests::{adopt, assert_shows, receive};
 use crate::wrappers::Noted;
 use crate::{HANG, HugePages, PAGE, SIGKILL, pattern, reason, signal_of_lost_page, until};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{SockFlag, SockType};
 use nix::unistd::gettid;
 use pagestitch::source::{Cached, FailureReason};
@@ -12,8 +11,7 @@ use pagestitch::{
     AdoptedMemory, AdoptedRegion, BuildOption, Chunk, ErrorKind, Inline, OnUnavailable, Pool, Process,
     Readahead, Region, Source,
 };
-use pagestitch_kernel::uffd::AdoptError;
-use pagestitch_kernel::{Errno, Features, Uffd, fd_passing};
+use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scope::scope;
@@ -21,7 +19,7 @@ use pagestitch_testkit::scripted::{Scripted, byte_at, fill};
 use pagestitch_testkit::this_test;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
@@ -627,39 +625,4 @@ fn memory_of_this_process_is_refused_without_an_own_memory_promise() {
         let error = AdoptedMemory::new(uffd).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::OwnMemory);
     }
-}
-
-/// Calls `act` while no descriptor is free.
-fn without_descriptors<R>(act: impl FnOnce() -> R) -> R {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    let any = File::open("/dev/null").unwrap();
-    // The kernel gives the lowest number, so all others below it are taken.
-    setrlimit(Resource::RLIMIT_NOFILE, any.as_raw_fd() as u64 + 1, hard).unwrap();
-    let result = act();
-    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
-    result
-}
-
-#[test]
-fn a_lack_of_descriptors_at_the_first_adoption_is_forgotten_when_there_are_some() {
-    let end = child::run(this_test!(), || {
-        let own = Uffd::open(Features::NONE).unwrap();
-        let again = || own.as_fd().try_clone_to_owned().unwrap();
-        let fd = again();
-        let refused = without_descriptors(|| Uffd::adopt(fd).unwrap_err());
-        assert_eq!(refused, AdoptError::Refused(Errno::EMFILE));
-        assert_eq!(Uffd::adopt(again()).unwrap_err(), AdoptError::OwnMemory);
-    });
-    end.expect_pass();
-}
-
-#[test]
-fn a_prepared_adoption_takes_no_descriptor() {
-    let end = child::run(this_test!(), || {
-        let own = Uffd::open(Features::NONE).unwrap();
-        Uffd::prepare_adoption().unwrap();
-        let fd = own.as_fd().try_clone_to_owned().unwrap();
-        assert_eq!(without_descriptors(|| Uffd::adopt(fd).unwrap_err()), AdoptError::OwnMemory);
-    });
-    end.expect_pass();
 }

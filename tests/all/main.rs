@@ -71,6 +71,7 @@ mod spare_uffds;
 mod splits;
 mod swap;
 mod teardown;
+mod transient;
 mod units;
 mod userfaultfd_crate;
 mod watchdog;

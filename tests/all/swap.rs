@@ -3,12 +3,15 @@
 
 use crate::bounded_writes::{BUDGET, Disk, bounded, moves_no_pages, word};
 use crate::donated::pages_of;
+use crate::transient::without_descriptors;
 use crate::{PAGE, SetOnDrop, comes_true, discard, pattern, until};
 use nix::libc;
 use pagestitch::source::Donated;
 use pagestitch::{Budget, Chunk, Pool, Region, Source};
+use pagestitch_kernel::swap::is_on;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, is_filled};
+use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -228,4 +231,15 @@ fn written_pages_of_a_budget_that_are_swapped_out_go_back_to_their_source() {
     region.finish().unwrap();
     let finished = (0..256).filter(|page| disk.word(*page) == 7).count();
     assert_eq!((flushed, kept, finished), (128, 256, 256));
+}
+
+/// A process without descriptors must not take swap for off, because moved pages may be lost then.
+#[test]
+fn swap_is_on_for_a_process_without_descriptors() {
+    let body = child::body(this_test!(), |_| {
+        assert!(is_on());
+        assert!(without_descriptors(is_on));
+    });
+    let Some(_swap) = Swap::or_skip() else { return };
+    body.spawn("").wait().expect_pass();
 }

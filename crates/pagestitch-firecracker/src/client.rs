@@ -8,7 +8,7 @@ use crate::refusal::RefusedGuest;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use pagestitch::{Metrics, OnUnavailable, Process};
 use pagestitch_kernel::fd_passing;
-use pagestitch_kernel::uffd::handshake_probe;
+use pagestitch_kernel::uffd::kernel_features;
 use pagestitch_kernel::{Errno, Features, Uffd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -254,11 +254,16 @@ pub(crate) struct KernelAnswers {
 }
 
 impl KernelAnswers {
-    /// Asks, and prepares the adoption of userfaultfds.
+    /// Asks, and prepares the adoption of userfaultfds. Fails if descriptors or memory are missing now. After
+    /// any other refusal the handler starts, because an adoption may do without.
     pub(crate) fn ask() -> io::Result<Self> {
-        Uffd::prepare_adoption()?;
-        let poison = handshake_probe().map_or(true, |features| features.contains(Features::POISON));
-        Ok(Self { peers_are_certain: Process::peers_are_certain()?, pages_can_be_poisoned: poison })
+        Uffd::prepare_adoption().or_else(|errno| if errno.is_transient() { Err(errno) } else { Ok(()) })?;
+        let pages_can_be_poisoned = match kernel_features() {
+            Ok(features) => features.contains(Features::POISON),
+            // A process that may not open a userfaultfd learns by trying.
+            Err(refused) => refused.transient().map_or(Ok(true), Err)?,
+        };
+        Ok(Self { peers_are_certain: Process::peers_are_certain()?, pages_can_be_poisoned })
     }
 }
 

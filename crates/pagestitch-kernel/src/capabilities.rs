@@ -64,18 +64,30 @@ impl Support {
     pub fn probe() -> Self {
         let userfaultfd = handshake_probe().and_then(|features| {
             let uffd = Uffd::open(Features::NONE)?;
-            let follows_forks = Uffd::open(Features::EVENT_FORK).is_ok();
-            Ok(Opened { by: uffd.opened_by(), mode: uffd.mode(), features, follows_forks })
+            let (by, mode) = (uffd.opened_by(), uffd.mode());
+            drop(uffd);
+            let follows_forks = match Uffd::open(Features::EVENT_FORK) {
+                Err(refused) if refused.transient().is_some() => return Err(refused),
+                opened => opened.is_ok(),
+            };
+            Ok(Opened { by, mode, features, follows_forks })
         });
         let kernel =
             fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_else(|_| String::from("unknown"));
         Self { kernel: kernel.trim().to_owned(), page: PageSize::system(), userfaultfd }
     }
 
-    /// The result of the first probe in this process.
+    /// The result of the first probe in this process. As long as descriptors or memory are missing, each
+    /// call probes again.
     pub fn current() -> &'static Self {
         static CURRENT: OnceLock<Support> = OnceLock::new();
-        CURRENT.get_or_init(Self::probe)
+        static FOR_NOW: OnceLock<Support> = OnceLock::new();
+        if let Some(support) = CURRENT.get() {
+            return support;
+        }
+        let support = Self::probe();
+        let is_for_now = support.userfaultfd.is_err_and(|refused| refused.transient().is_some());
+        if is_for_now { &FOR_NOW } else { &CURRENT }.get_or_init(|| support)
     }
 
     /// The running kernel's release, as `uname -r` prints it.
@@ -118,7 +130,10 @@ impl Support {
         let verdict = match self.userfaultfd {
             Ok(_) => Verdict::Yes,
             Err(error) => Verdict::No {
-                reason: format!("userfaultfd(2) answers {}", error.system_call),
+                reason: match error.errno() {
+                    errno if errno == error.system_call => format!("userfaultfd(2) answers {errno}"),
+                    errno => format!("/dev/userfaultfd answers {errno}"),
+                },
                 cost: "no page is filled on first touch: the server Eager fills regions when they are built, and still works",
                 remedy: error.remedy().to_owned(),
             },

@@ -72,6 +72,20 @@ impl Errno {
         self.0
     }
 
+    /// True if the same call may succeed in a moment: descriptors, memory or time were missing, or a
+    /// signal came. The answer tells nothing about the abilities of the kernel or the process.
+    ///
+    /// ```
+    /// use pagestitch_kernel::Errno;
+    ///
+    /// assert!(Errno::EMFILE.is_transient());
+    /// assert!(!Errno::ENOSYS.is_transient());
+    /// ```
+    #[must_use]
+    pub const fn is_transient(self) -> bool {
+        matches!(self, Self::EMFILE | Self::ENFILE | Self::ENOMEM | Self::EAGAIN | Self::EINTR)
+    }
+
     /// The number in an error of the operating system; [`EIO`](Self::EIO) if the error has none.
     pub fn of(error: impl Into<io::Error>) -> Self {
         error.into().raw_os_error().map_or(Self::EIO, Self)

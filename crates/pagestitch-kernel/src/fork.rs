@@ -108,7 +108,8 @@ fn unmap(page: *mut AtomicU64) {
 }
 
 /// A pointer that means "there is no such page". The answer stays the same as long as the process
-/// lives.
+/// lives, also after a refusal that would not last (`ENOMEM`), because a page that comes later would begin
+/// another generation: the process would take itself for a child of its own.
 fn no_page() -> *mut AtomicU64 {
     (&raw const LAST).cast_mut()
 }

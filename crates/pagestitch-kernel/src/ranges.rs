@@ -12,14 +12,14 @@
 
 use crate::errno::Errno;
 use crate::page::PageSize;
-use nix::libc::{self, c_void};
+use nix::libc::{self, c_int, c_void};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munlock, munmap};
 use std::cell::UnsafeCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,8 @@ struct Ranges {
     hidden: BTreeMap<usize, Hidden>,
     /// In the order of their drop.
     aside: VecDeque<Aside>,
+    /// True if the C library calls the functions of this file around each fork.
+    guarded: bool,
 }
 
 struct Hidden {
@@ -54,8 +56,9 @@ struct Aside {
 
 /// Keeps other mappings away from a range's addresses in children of `fork(2)`, until [`forget`].
 pub(crate) fn hide(range: Range<usize>) {
-    guard_forks();
-    lock().hidden.insert(range.start, Hidden { end: range.end, shown: Vec::new(), served: None });
+    let mut ranges = lock();
+    ranges.guard_forks(at_forks);
+    ranges.hidden.insert(range.start, Hidden { end: range.end, shown: Vec::new(), served: None });
 }
 
 /// Removes the range that begins at `start`. Its owner is about to unmap it.
@@ -136,6 +139,18 @@ pub(crate) fn release_all() -> bool {
 }
 
 impl Ranges {
+    const fn new() -> Self {
+        Self { hidden: BTreeMap::new(), aside: VecDeque::new(), guarded: false }
+    }
+
+    /// Lets the C library call the functions below around each `fork(2)`. Without memory for that
+    /// (`ENOMEM`), the next range tries again; until then its addresses stay free in children of fork, as in
+    /// children of clone(2).
+    fn guard_forks(&mut self, register: impl FnOnce() -> c_int) {
+        // Registered twice, the second call of `before_fork` would wait for the lock of the first one.
+        self.guarded = self.guarded || register() == 0;
+    }
+
     /// The addresses from the first hidden range to the end of the last one.
     fn around_hidden(&self) -> Option<Range<usize>> {
         let (first, _) = self.hidden.first_key_value()?;
@@ -202,17 +217,14 @@ fn lock() -> MutexGuard<'static, Ranges> {
     RANGES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Registers the functions below, which the C library calls around each `fork(2)`.
-fn guard_forks() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // SAFETY: the functions live as long as the process. The one in the child makes system
-        // calls only, and reads the ranges under the lock that the parent has taken for it.
-        #[expect(unsafe_code, reason = "pthread_atfork")]
-        let answer = unsafe { libc::pthread_atfork(Some(before_fork), Some(in_parent), Some(in_child)) };
-        // ENOMEM: the addresses stay free in children of fork, as in children of clone(2).
-        debug_assert_eq!(answer, 0, "pthread_atfork");
-    });
+/// Registers the functions below. 0, or the errno.
+fn at_forks() -> c_int {
+    // SAFETY: the functions live as long as the process. The one in the child makes system
+    // calls only, and reads the ranges under the lock that the parent has taken for it.
+    #[expect(unsafe_code, reason = "pthread_atfork")]
+    unsafe {
+        libc::pthread_atfork(Some(before_fork), Some(in_parent), Some(in_child))
+    }
 }
 
 /// The lock on the ranges, held from before a fork until after it, in both processes.
@@ -306,7 +318,7 @@ fn is_mapped(range: &Range<usize>) -> bool {
     answer == 0
 }
 
-static RANGES: Mutex<Ranges> = Mutex::new(Ranges { hidden: BTreeMap::new(), aside: VecDeque::new() });
+static RANGES: Mutex<Ranges> = Mutex::new(Ranges::new());
 static HELD: Held = Held(UnsafeCell::new(None));
 /// How long a dropped range keeps its addresses: long enough for threads that its drop has woken to
 /// run.
@@ -316,3 +328,20 @@ const MOMENT: Duration = Duration::from_millis(10);
 /// How many ranges one build or drop unmaps. Larger than the number that it sets aside, so the list
 /// shrinks.
 const SOME: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_functions_around_a_fork_are_registered_once_and_again_after_a_lack_of_memory() {
+        let (mut ranges, mut asked) = (Ranges::new(), 0);
+        for answer in [libc::ENOMEM, libc::ENOMEM, 0, 0, 0] {
+            ranges.guard_forks(|| {
+                asked += 1;
+                answer
+            });
+        }
+        assert_eq!((asked, ranges.guarded), (3, true));
+    }
+}

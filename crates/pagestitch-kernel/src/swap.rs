@@ -3,9 +3,9 @@
 use crate::page::AddressRange;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
+use nix::sys::sysinfo::sysinfo;
 use nix::sys::uio::pread;
 use nix::sys::utsname::uname;
-use std::fs;
 
 /// Sets the entries in `there` of the pages that are present or swapped out, according to
 /// `/proc/self/pagemap`. Allocates nothing, so a signal handler may call it. Sets no entry if that
@@ -38,7 +38,7 @@ pub(crate) fn find(range: AddressRange, there: &mut [u8]) {
 /// The reason and the remedy, for a person: swap is on, and this kernel has the race. Call this
 /// again before each use, because swap may be switched on at any time.
 pub fn moves_safely() -> Result<(), &'static str> {
-    let racing = uname().is_ok_and(|names| races(&names.release().to_string_lossy()));
+    let racing = uname().map_or(true, |names| races(&names.release().to_string_lossy()));
     if racing && is_on() {
         return Err(
             "swap is on, and this kernel may lose a page that moves while it is swapped out: run swapoff -a, or use Linux 6.12.37 or 6.16",
@@ -47,10 +47,16 @@ pub fn moves_safely() -> Result<(), &'static str> {
     Ok(())
 }
 
-/// True if the system swaps to a device or file.
-fn is_on() -> bool {
-    // A line of headings, then one line for each device or file.
-    fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().nth(1).is_some())
+/// True if the system swaps to a device or file, or does not tell. Takes no descriptor, and needs no `/proc`.
+///
+/// ```
+/// if let Err(reason) = pagestitch_kernel::swap::moves_safely() {
+///     assert!(pagestitch_kernel::swap::is_on(), "{reason}");
+/// }
+/// ```
+#[must_use]
+pub fn is_on() -> bool {
+    sysinfo().map_or(true, |system| system.swap_total() > 0)
 }
 
 /// True if a kernel of this release has the race, or the release does not tell its version.

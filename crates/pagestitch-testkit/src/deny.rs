@@ -19,6 +19,47 @@ pub fn deny_userfaultfd(errno: Errno) {
     deny(errno, &[(SYS_USERFAULTFD, vec![]), (SYS_IOCTL, vec![device])]);
 }
 
+/// Fails `userfaultfd(2)` with `errno`, for this thread and all that it starts. `/dev/userfaultfd` still
+/// opens. The filter is permanent.
+///
+/// # Panics
+///
+/// If the kernel refuses the filter.
+pub fn deny_userfaultfd_call(errno: Errno) {
+    deny(errno, &[(SYS_USERFAULTFD, vec![])]);
+}
+
+/// Fails `userfaultfd(2)` with `errno`, unless it asks for the faults of user code only, for this thread
+/// and all that it starts: the answer to a user without privileges. The filter is permanent.
+///
+/// # Panics
+///
+/// If the kernel refuses the filter.
+pub fn deny_kernel_faults(errno: Errno) {
+    let all_faults = SeccompCmpOp::MaskedEq(USER_MODE_ONLY);
+    let all_faults = SeccompCondition::new(0, SeccompCmpArgLen::Dword, all_faults, 0).expect("a condition");
+    deny(errno, &[(SYS_USERFAULTFD, vec![SeccompRule::new(vec![all_faults]).expect("a rule")])]);
+}
+
+/// Fails `memfd_create(2)` with `errno`, for this thread and all that it starts. The filter is
+/// permanent.
+///
+/// # Panics
+///
+/// If the kernel refuses the filter.
+pub fn deny_memfds(errno: Errno) {
+    deny(errno, &[(nix::libc::SYS_memfd_create, vec![])]);
+}
+
+/// Fails `pidfd_open(2)` with `errno`, for this thread and all that it starts. The filter is permanent.
+///
+/// # Panics
+///
+/// If the kernel refuses the filter.
+pub fn deny_pidfds(errno: Errno) {
+    deny(errno, &[(nix::libc::SYS_pidfd_open, vec![])]);
+}
+
 /// Fails `process_vm_readv(2)` and `process_vm_writev(2)` with `errno`, for this thread and all
 /// that it starts. The filter is permanent.
 ///
@@ -42,5 +83,6 @@ fn deny(errno: Errno, rules: &[(i64, Vec<SeccompRule>)]) {
 }
 
 const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
+const USER_MODE_ONLY: u64 = 1;
 const SYS_USERFAULTFD: i64 = nix::libc::SYS_userfaultfd;
 const SYS_IOCTL: i64 = nix::libc::SYS_ioctl;

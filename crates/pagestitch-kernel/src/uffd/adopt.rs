@@ -4,12 +4,13 @@ use super::Uffd;
 use super::kept_fd::KeptFd;
 use super::open::kernel_features;
 use super::opened::{FaultMode, OpenedBy};
-use super::own_process;
+use super::own_process::{self, kept};
 use super::read::{ReadMethod, set_nonblocking};
 use crate::errno::Errno;
 use crate::features::Features;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::OnceLock;
 
 /// A descriptor could not be adopted as a userfaultfd.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,7 +97,8 @@ impl Uffd {
     }
 
     /// Prepares the requests by which [`adopt`](Self::adopt) asks the kernel, because they take descriptors and later
-    /// adoptions then take none. A server that may run out of descriptors calls this at its start.
+    /// adoptions then take none. A server that may run out of descriptors calls this at its start, after its last
+    /// `fork(2)`: each process prepares its own adoptions.
     ///
     /// ```
     /// # fn main() -> Result<(), pagestitch_kernel::Errno> {
@@ -107,8 +109,13 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// `EMFILE`, `ENFILE` or `ENOMEM`, if descriptors or memory are missing. A later adoption tries again.
+    /// A [transient](Errno::is_transient) one, as `EMFILE`, `ENFILE` and `ENOMEM`, if descriptors or memory are
+    /// missing. Any other one means that this process cannot make the second of the two requests: the errno of
+    /// `memfd_create(2)` (`ENOSYS`; `EACCES` under `vm.memfd_noexec`), of opening the memfd once more through
+    /// `/proc`, of mapping it, or of reading `/proc/self/maps` (`ENOENT`, `EACCES`). Adoptions work nevertheless where the
+    /// first request answers: mostly, since Linux 6.9. In any case, a later adoption tries again.
     pub fn prepare_adoption() -> Result<(), Errno> {
+        features()?;
         own_process::prepare()
     }
 
@@ -141,9 +148,18 @@ fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptError> {
     }
     // A blocking userfaultfd can be read but not waited for: poll(2) answers POLLERR.
     set_nonblocking(&fd).map_err(AdoptError::Refused)?;
-    // The operations of the kernel do not depend on the owner's handshake. A process that may not
-    // open a userfaultfd learns them by trying.
-    let features = kernel_features().unwrap_or(Features::POISON);
+    let features = features().map_err(AdoptError::Refused)?;
     let read_method = ReadMethod::shared();
     Ok(Uffd { fd: KeptFd::own(fd), opened_by: OpenedBy::Other, mode: FaultMode::All, features, read_method })
+}
+
+/// The features of an adopted userfaultfd. The operations of the kernel do not depend on the owner's
+/// handshake. A process that may not open a userfaultfd learns them by trying.
+fn features() -> Result<Features, Errno> {
+    static KNOWN: OnceLock<Features> = OnceLock::new();
+    let of_kernel = || match kernel_features() {
+        Ok(features) => Ok(features),
+        Err(refused) => refused.transient().map_or(Ok(Features::POISON), Err),
+    };
+    kept(&KNOWN, of_kernel).copied()
 }

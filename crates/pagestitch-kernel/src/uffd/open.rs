@@ -5,10 +5,13 @@
 //!        │ any refusal (ENOENT, EACCES, EPERM of a device cgroup ...)
 //!        ▼
 //!   userfaultfd(0) ──ok──▶ all faults            needs CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd=1
-//!        │ EPERM
+//!        │ EPERM, and the refusal of the device is lasting
 //!        ▼
 //!   userfaultfd(UFFD_USER_MODE_ONLY) ──ok──▶ faults of user code only       any user, since Linux 5.11
 //! ```
+//!
+//! A refusal for a lack of descriptors or memory is transient ([`OpenError::transient`]). It ends the search,
+//! because a userfaultfd of user faults would miss the other faults for all of its life.
 
 use super::kept_fd::KeptFd;
 use super::opened::{FaultMode, OpenedBy};
@@ -33,10 +36,41 @@ pub struct OpenError {
 }
 
 impl OpenError {
+    /// The answer that another attempt may change ([`Errno::is_transient`]), to either way. `None`: this
+    /// process has no userfaultfd.
+    ///
+    /// A process may be without the one way for good, and without the other for a moment.
+    ///
+    /// ```
+    /// use pagestitch_kernel::Errno;
+    /// use pagestitch_kernel::uffd::OpenError;
+    ///
+    /// let error = OpenError { device: Errno::EMFILE, system_call: Errno::EPERM };
+    /// assert_eq!(error.transient(), Some(Errno::EMFILE));
+    /// let error = OpenError { device: Errno::ENOENT, system_call: Errno::EPERM };
+    /// assert_eq!(error.transient(), None);
+    /// ```
+    #[must_use]
+    pub const fn transient(&self) -> Option<Errno> {
+        match (self.system_call, self.device) {
+            (errno, _) | (_, errno) if errno.is_transient() => Some(errno),
+            _ => None,
+        }
+    }
+
+    /// The answer that decides: the [transient](Self::transient) one, or else that to the system call.
+    #[must_use]
+    pub const fn errno(&self) -> Errno {
+        match self.transient() {
+            Some(errno) => errno,
+            None => self.system_call,
+        }
+    }
+
     /// The remedy, for the person that runs the program.
     #[must_use]
     pub const fn remedy(&self) -> &'static str {
-        match self.system_call {
+        match self.errno() {
             Errno::ENOSYS => {
                 "boot a kernel built with CONFIG_USERFAULTFD, or let the container's seccomp profile pass it"
             }
@@ -132,8 +166,12 @@ pub(super) fn open_fd() -> Result<Opened, OpenError> {
         Ok(fd) => return Ok(Opened { fd, by: OpenedBy::Device, mode: FaultMode::All }),
         Err(errno) => errno,
     };
-    if let Ok(fd) = from_system_call(0) {
-        return Ok(Opened { fd, by: OpenedBy::SystemCall, mode: FaultMode::All });
+    let refused = match from_system_call(0) {
+        Ok(fd) => return Ok(Opened { fd, by: OpenedBy::SystemCall, mode: FaultMode::All }),
+        Err(system_call) => OpenError { device, system_call },
+    };
+    if refused.transient().is_some() {
+        return Err(refused);
     }
     match from_system_call(abi::USER_MODE_ONLY) {
         Ok(fd) => Ok(Opened { fd, by: OpenedBy::SystemCall, mode: FaultMode::UserOnly }),

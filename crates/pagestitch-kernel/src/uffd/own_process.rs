@@ -19,7 +19,7 @@
 //! which cannot be registered at all.
 
 use super::abi::{self, UffdioCopy, Waiters};
-use super::open::{OpenError, handshake, kernel_features, open_fd};
+use super::open::{handshake, kernel_features, open_fd};
 use super::register::{RegisterMode, register, wake};
 use crate::errno::Errno;
 use crate::features::Features;
@@ -39,21 +39,33 @@ use std::sync::OnceLock;
 /// True if a userfaultfd fills memory of this process. `EINVAL` before its handshake
 /// (`UFFDIO_API`), when no answer is possible yet.
 pub(super) fn is_of_this_process(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
-    let probe = kept(&PROBE, Probe::new)?;
-    // A forked child has inherited the parent's answers, but not its mappings.
-    if probe.generation.is_current() { probe.ask(fd) } else { Probe::new()?.ask(fd) }
+    probe()?.ask(fd)
 }
 
 /// Makes all that [`is_of_this_process`] needs, so that later calls take no descriptor.
 pub(super) fn prepare() -> Result<(), Errno> {
-    kept(&kept(&PROBE, Probe::new)?.registration, Registration::new).map(drop)
+    kept(&probe()?.registration, Registration::new).map(drop)
 }
 
-static PROBE: OnceLock<Probe> = OnceLock::new();
+/// The probe of this process. A forked child makes its own, because it has inherited the parent's answers,
+/// but not all of its mappings.
+fn probe() -> Result<&'static Probe, Errno> {
+    let mut place = &PROBE;
+    while let Some(probe) = place.get() {
+        if probe.generation.is_current() {
+            return Ok(probe);
+        }
+        place = &probe.of_child;
+    }
+    kept(place, || Probe::new().map(Box::new)).map(|probe| &**probe)
+}
+
+/// The probe of the first process that has made one, and in it that of each child in turn.
+static PROBE: OnceLock<Box<Probe>> = OnceLock::new();
 
 /// The value that a call has made before, or now. A failure is not kept, because descriptors and memory that are missing
 /// now may be there at the next call.
-fn kept<T>(place: &OnceLock<T>, make: fn() -> Result<T, Errno>) -> Result<&T, Errno> {
+pub(super) fn kept<T>(place: &OnceLock<T>, make: fn() -> Result<T, Errno>) -> Result<&T, Errno> {
     match place.get() {
         Some(value) => Ok(value),
         None => make().map(|value| place.get_or_init(|| value)),
@@ -71,6 +83,8 @@ struct Probe {
     /// Made when it is first asked for, because it takes a dozen system calls, and the other request
     /// mostly answers.
     registration: OnceLock<Registration>,
+    /// The probe of a forked child.
+    of_child: OnceLock<Box<Self>>,
 }
 
 /// A registration that the kernel refuses.
@@ -89,7 +103,10 @@ impl Registration {
         let mut read_only = read_only()?;
         read_only.do_not_fork()?;
         let all = from(read_only.start().addr().get())?;
-        let minor = kernel_features().is_ok_and(|features| features.contains(Features::MINOR_SHMEM));
+        let minor = match kernel_features() {
+            Ok(features) => features.contains(Features::MINOR_SHMEM),
+            Err(refused) => refused.transient().map_or(Ok(false), Err)?,
+        };
         let mode = if minor { RegisterMode::MINOR } else { RegisterMode::MISSING };
         Ok(Self { _read_only: read_only, all, mode })
     }
@@ -112,20 +129,21 @@ impl Probe {
             generation: ForkGeneration::current(),
             moves: false,
             registration: OnceLock::new(),
+            of_child: OnceLock::new(),
         };
-        match open_fd() {
-            Ok(own) if handshake(&own.fd, Features::NONE).is_ok() => {
-                probe.moves = probe.try_move(own.fd.as_fd()) == Err(Errno::ENOENT);
-            }
-            Err(OpenError {
-                system_call: errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM), ..
-            }) => {
-                return Err(errno);
-            }
+        probe.moves = match probe.move_of_this_process() {
+            Err(errno) if errno.is_transient() => return Err(errno),
             // Without a userfaultfd, the second request is left.
-            _ => {}
-        }
+            answer => answer == Err(Errno::ENOENT),
+        };
         Ok(probe)
+    }
+
+    /// The answer to the first request, for a new userfaultfd of this process.
+    fn move_of_this_process(&self) -> Result<(), Errno> {
+        let own = open_fd().map_err(|refused| refused.errno())?;
+        handshake(&own.fd, Features::NONE)?;
+        self.try_move(own.fd.as_fd())
     }
 
     fn ask(&self, fd: BorrowedFd<'_>) -> Result<bool, Errno> {

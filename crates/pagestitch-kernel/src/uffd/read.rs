@@ -22,8 +22,10 @@ use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
 use nix::unistd::{gettid, read};
 use std::cell::RefCell;
+use std::ffi::c_int;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::OnceLock;
+use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -103,7 +105,7 @@ fn read_bounded(fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
 /// Makes a system call that a signal ends after [`BOUND`], with `EINTR`. The signal repeats until
 /// the call has returned, because a signal before the call begins to wait ends nothing.
 fn interruptibly<T>(call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
-    install()?;
+    install(&INSTALLED, SIGNAL)?;
     TIMER.with_borrow_mut(|slot| {
         if let Some((_, parents)) = slot.take_if(|(generation, _)| !generation.is_current()) {
             // A forked child inherits no timers. The parent's timer number may be another timer of
@@ -132,27 +134,45 @@ fn timer_of_this_thread() -> Result<Timer, Errno> {
     Timer::new(ClockId::CLOCK_MONOTONIC, SigEvent::new(to)).map_err(Errno::of)
 }
 
-/// Lets the signal interrupt system calls; installed once a process. `EBUSY` if the program uses
-/// the signal itself.
-fn install() -> Result<(), Errno> {
-    static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
-    *INSTALLED.get_or_init(|| {
-        // Without SA_RESTART, because the signal must end the call.
-        let ours = SigAction::new(SigHandler::Handler(do_nothing), SaFlags::SA_ONSTACK, SigSet::empty());
-        // SAFETY: the handler does nothing.
-        #[expect(unsafe_code, reason = "installs a signal handler")]
-        let before = unsafe { sigaction(SIGNAL, &ours) }.map_err(Errno::of)?;
-        if matches!(before.handler(), SigHandler::SigDfl) {
-            return Ok(());
+/// Lets the signal interrupt system calls; installed once a process. `EBUSY` as long as the program
+/// uses the signal itself.
+fn install(installed: &AtomicBool, signal: Signal) -> Result<(), Errno> {
+    if installed.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    // Looks first, because a signal of the program must not meet our handler.
+    match handler_of(signal)? {
+        libc::SIG_DFL => {
+            let ours = SigHandler::Handler(do_nothing);
+            // Without SA_RESTART, because the signal must end the call.
+            let ours = SigAction::new(ours, SaFlags::SA_ONSTACK, SigSet::empty());
+            // SAFETY: the handler does nothing.
+            #[expect(unsafe_code, reason = "installs a signal handler")]
+            unsafe { sigaction(signal, &ours) }.map_err(Errno::of)?;
         }
-        // SAFETY: the call restores the previous action.
-        #[expect(unsafe_code, reason = "installs a signal handler")]
-        unsafe { sigaction(SIGNAL, &before) }.map_err(Errno::of)?;
-        Err(Errno::EBUSY)
-    })
+        // Another thread has installed it at this moment.
+        handler if handler == do_nothing as *const () as usize => {}
+        _ => return Err(Errno::EBUSY),
+    }
+    installed.store(true, Ordering::Relaxed);
+    Ok(())
 }
 
-extern "C" fn do_nothing(_: libc::c_int) {}
+/// The address of the signal's handler, or `SIG_DFL` or `SIG_IGN`.
+fn handler_of(signal: Signal) -> Result<usize, Errno> {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: the call changes no action, and writes the present one to `action`.
+    #[expect(unsafe_code, reason = "sigaction without a new action")]
+    Errno::result(unsafe { libc::sigaction(signal as c_int, ptr::null(), action.as_mut_ptr()) })?;
+    // SAFETY: the call above has succeeded, so it has written the action.
+    #[expect(unsafe_code, reason = "written by the C library")]
+    let action = unsafe { action.assume_init() };
+    Ok(action.sa_sigaction)
+}
+
+static INSTALLED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn do_nothing(_: c_int) {}
 
 thread_local! {
     /// The timer of this thread, and the fork generation that it belongs to.
@@ -184,5 +204,28 @@ mod tests {
         let mut byte = [0];
         assert_eq!((read_or_wait(&mut byte), byte), (Ok(1), *b"!"));
         assert_eq!(read_bounded(&from, &mut byte), Err(Errno::EAGAIN));
+    }
+
+    #[test]
+    fn a_signal_that_the_program_gives_up_is_taken_at_the_next_read() {
+        // No other test has a handler for it.
+        let (signal, installed) = (Signal::SIGURG, AtomicBool::new(false));
+        let set = |handler| {
+            let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
+            // SAFETY: the handler ignores the signal, or the default action does.
+            #[expect(unsafe_code, reason = "installs a signal handler")]
+            unsafe { sigaction(signal, &action) }.unwrap().handler()
+        };
+        set(SigHandler::SigIgn);
+        for _ in 0..2 {
+            assert_eq!(install(&installed, signal), Err(Errno::EBUSY));
+        }
+        assert!(matches!(set(SigHandler::SigDfl), SigHandler::SigIgn), "the program keeps its own");
+        for _ in 0..2 {
+            assert_eq!(install(&installed, signal), Ok(()));
+        }
+        // As a thread that looks when another one has installed it.
+        assert_eq!(install(&AtomicBool::new(false), signal), Ok(()));
+        assert!(matches!(set(SigHandler::SigDfl), SigHandler::Handler(_)));
     }
 }

@@ -84,6 +84,10 @@ fn a_userfaultfd_that_is_not_opened_or_adopted_is_named_with_the_remedy() {
             "no userfaultfd: the system call answers EMFILE: Too many open files, /dev/userfaultfd ENOENT: No such file or directory; raise the limit on open files (ulimit -n): a region takes one",
         ),
         (
+            OpenError { device: Errno::EMFILE, system_call: Errno::EPERM },
+            "no userfaultfd: the system call answers EPERM: Operation not permitted, /dev/userfaultfd EMFILE: Too many open files; raise the limit on open files (ulimit -n): a region takes one",
+        ),
+        (
             open(Errno::EINVAL),
             "no userfaultfd: the system call answers EINVAL: Invalid argument, /dev/userfaultfd ENOENT: No such file or directory; use Linux 4.11 or newer: this kernel does not know the UFFD_API handshake",
         ),

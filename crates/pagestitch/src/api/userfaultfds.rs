@@ -169,23 +169,29 @@ fn check_mappings(shards: usize) -> Result<(), Error> {
 }
 
 fn no_descriptors(shards: usize, error: OpenError) -> Error {
-    if !matches!(error.system_call, Errno::EMFILE | Errno::ENFILE) {
+    if !matches!(error.errno(), Errno::EMFILE | Errno::ENFILE) {
         return Error::no_userfaultfd(&error);
     }
     let limit = Limit::of_descriptors();
     let what = format!("{shards} shards take a descriptor each: {limit}, or ask for fewer shards()");
-    Error::refused(what, error.system_call).of_option(BuildOption::Shards)
+    Error::refused(what, error.errno()).of_option(BuildOption::Shards)
 }
 
 /// The error for a userfaultfd that cannot be opened. `EVENT_FORK` is the one feature that depends
 /// on the privileges of the process instead of the kernel's version, so it has an error of its own.
 fn cannot_open(name: &str, children: bool, error: OpenError) -> Error {
-    if children && error.system_call == Errno::EPERM && Uffd::open(Features::NONE).is_ok() {
-        let what = "inherit_on_fork() needs CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or leave it out";
-        let error = Error::new(ErrorKind::PermissionDenied, what).of_option(BuildOption::InheritOnFork);
-        return error.inside(name);
-    }
-    Error::no_userfaultfd(&error).inside(name)
+    let plain = match error.errno() {
+        Errno::EPERM if children => Uffd::open(Features::NONE),
+        _ => Err(error),
+    };
+    let error = match plain {
+        Ok(_) => {
+            let what = "inherit_on_fork() needs CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or leave it out";
+            Error::new(ErrorKind::PermissionDenied, what).of_option(BuildOption::InheritOnFork)
+        }
+        Err(error) => Error::no_userfaultfd(&error),
+    };
+    error.inside(name)
 }
 
 /// The largest region that shares a userfaultfd.

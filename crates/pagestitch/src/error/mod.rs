@@ -115,13 +115,10 @@ impl Error {
 
     /// No userfaultfd can be opened.
     pub(crate) fn no_userfaultfd(source: &OpenError) -> Self {
-        let (kind, limit) = match source.system_call {
-            errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM) => kind_of(errno),
-            _ => (ErrorKind::NoUserfaultfd, None),
-        };
+        let (kind, limit) = source.transient().map_or((ErrorKind::NoUserfaultfd, None), kind_of);
         let mut error = Self::new(kind, source.to_string());
         error.details.limit = limit;
-        error.details.errno = Some(source.system_call.raw());
+        error.details.errno = Some(source.errno().raw());
         error
     }
 

@@ -22,7 +22,7 @@ impl SpareUffds {
             Some(spare) => Ok(spare),
             None => {
                 drop(spares);
-                let is_short = |error: &OpenError| matches!(error.system_call, Errno::EMFILE | Errno::ENFILE);
+                let is_short = |error: &OpenError| matches!(error.errno(), Errno::EMFILE | Errno::ENFILE);
                 match Uffd::open(wanted) {
                     Err(error) if is_short(&error) && self.close_all() => Uffd::open(wanted),
                     opened => opened,

@@ -26,7 +26,8 @@ pub(crate) struct Descriptors {
     /// outlive this process. A socket holds some hundreds. The next socket is created before it is
     /// needed, so that each child has inherited the socket that holds its userfaultfd.
     kept: [OnceLock<FdQueue>; KEPT],
-    /// This process, for its children to poll.
+    /// This process, for its children to poll. `None` where the kernel or a container has no pidfds: a child
+    /// cannot tell then that its server has ended.
     server: Option<Process>,
 }
 
@@ -39,7 +40,10 @@ impl Descriptors {
             spare: StdMutex::new(spare),
             short: AtomicUsize::new(0),
             kept,
-            server: Process::open(std::process::id()).ok(),
+            server: match Process::open(std::process::id()) {
+                Err(errno) if errno.is_transient() => return Err(errno),
+                opened => opened.ok(),
+            },
         })
     }
 
