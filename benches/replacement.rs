@@ -5,16 +5,20 @@
 //!
 //! | policy | signs of use |
 //! |---|---|
-//! | `S3-FIFO`, `FIFO` | soft faults, with an eighth of the memory in standby: as a budget has it |
+//! | `S3-FIFO` | soft faults, with an eighth of the memory in standby, through which a quarter of the pages passes while few come back: as a budget has it |
+//! | `S3-FIFO, all`, `FIFO` | soft faults; all pages pass through standby |
 //! | `S3-FIFO, bits` | a perfect reference bit for each page |
 //! | `LRU` | each touch |
 
 use replacement::{PageKey, Replacement, S3Fifo};
+use sampling::Sampling;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 #[expect(dead_code, reason = "the benchmark calls a part of the library's own file")]
 #[path = "../crates/pagestitch/src/policy/replacement.rs"]
 mod replacement;
+#[path = "../crates/pagestitch/src/reclaim/sampling.rs"]
+mod sampling;
 
 fn main() {
     let touches = if std::env::args().any(|argument| argument == "--quick") { 40_000 } else { 600_000 };
@@ -23,9 +27,11 @@ fn main() {
     for (name, draw) in TRACES {
         let mut random = fastrand::Rng::with_seed(1);
         let trace: Vec<PageKey> = (0..touches).map(|step| draw(step, &mut random)).collect();
-        let caches: [(&str, Box<dyn Cache>); 4] = [
-            ("S3-FIFO", Box::new(Standby::new(S3Fifo::new(2 * MEMORY)))),
-            ("FIFO", Box::new(Standby::new(Fifo::default()))),
+        let policy = || S3Fifo::new(2 * MEMORY);
+        let caches: [(&str, Box<dyn Cache>); 5] = [
+            ("S3-FIFO", Box::new(Standby::new(policy(), Some(Sampling::new())))),
+            ("S3-FIFO, all", Box::new(Standby::new(policy(), None))),
+            ("FIFO", Box::new(Standby::new(Fifo::default(), None))),
             ("S3-FIFO, bits", Box::new(WithBits::default())),
             ("LRU", Box::new(Lru::default())),
         ];
@@ -81,11 +87,28 @@ struct Standby<P> {
     /// The standby list, with the pages that have come back, and the number of those that have not.
     queue: VecDeque<PageKey>,
     waiting: HashSet<PageKey>,
+    /// `None`: all pages pass through the list.
+    sampling: Option<Sampling>,
+    /// The victims that are left of a batch, and true if they pass through the list.
+    batch: (usize, bool),
+    returned: u64,
 }
 
 impl<P: Replacement> Standby<P> {
-    fn new(policy: P) -> Self {
-        Self { policy, resident: HashSet::new(), queue: VecDeque::new(), waiting: HashSet::new() }
+    fn new(policy: P, sampling: Option<Sampling>) -> Self {
+        let (resident, queue, waiting) = (HashSet::new(), VecDeque::new(), HashSet::new());
+        Self { policy, resident, queue, waiting, sampling, batch: (0, true), returned: 0 }
+    }
+
+    /// True if the next victim passes through the list.
+    fn takes_next(&mut self) -> bool {
+        let Some(sampling) = &mut self.sampling else { return true };
+        if self.batch.0 == 0 {
+            self.batch = (BATCH, sampling.takes_next(self.returned));
+            sampling.note_moved(if self.batch.1 { BATCH } else { 0 });
+        }
+        self.batch.0 -= 1;
+        self.batch.1
     }
 }
 
@@ -97,14 +120,19 @@ impl<P: Replacement> Cache for Standby<P> {
         let returned = self.waiting.remove(&page);
         if returned {
             self.queue.retain(|&other| other != page);
+            self.returned += 1;
         }
         self.resident.insert(page);
         self.policy.admit(page, returned);
         if self.resident.len() > MEMORY - MEMORY / 8 {
             let victim = self.policy.victim().expect("a page is resident");
             self.resident.remove(&victim);
-            self.queue.push_back(victim);
-            self.waiting.insert(victim);
+            if self.takes_next() {
+                self.queue.push_back(victim);
+                self.waiting.insert(victim);
+            } else {
+                self.policy.dropped(victim);
+            }
         }
         if self.queue.len() > MEMORY / 8 {
             let dropped = self.queue.pop_front().expect("the list is long");
@@ -221,3 +249,5 @@ impl Cache for Lru {
 const PAGES: usize = 32_768;
 /// A quarter of the pages.
 const MEMORY: usize = PAGES / 4;
+/// The pages that leave at once.
+const BATCH: usize = 64;

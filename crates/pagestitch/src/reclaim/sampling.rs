@@ -2,10 +2,10 @@
 //!
 //! A page that comes back from the list saves a read, and tells the policy that it is in use. But each move
 //! to the list flushes the TLBs of all CPUs that run the process, where many pages are dropped with one
-//! flush. Measured with 16 threads on two CPUs that read pages of a file at random: 32 us a page with the
-//! list, and 25 without; but Zipf's touches, of which a tenth of the pages comes back, read 7 % more without it. So
-//! while few pages come back, one batch of [`EVERY`] passes through the list, where
-//! its pages wait as many times as long.
+//! flush. Measured with 16 threads on two CPUs: random reads of a file take 32 us a page with the list, and
+//! 25 without; but touches by Zipf's law, where a tenth of the pages comes back, read 7 % more without it.
+//! So while few pages come back, one batch of [`EVERY`] passes through the list, where its pages wait as
+//! many times as long.
 
 /// Decides for each batch whether it passes through the list.
 #[derive(Debug)]
