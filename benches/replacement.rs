@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 #[expect(dead_code, reason = "the benchmark calls a part of the library's own file")]
 #[path = "../crates/pagestitch/src/policy/replacement.rs"]
 mod replacement;
+#[cfg_attr(test, expect(dead_code, reason = "the benchmark has no unit tests"))]
 #[path = "../crates/pagestitch/src/reclaim/sampling.rs"]
 mod sampling;
 
