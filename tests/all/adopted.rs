@@ -2,6 +2,7 @@
 //! of its owner and the end of its region.
 
 use crate::guests::{adopt, assert_shows, receive};
+use crate::machine::rounds;
 use crate::wrappers::Noted;
 use crate::{HANG, HugePages, PAGE, SIGKILL, pattern, reason, signal_of_lost_page, until};
 use nix::sys::socket::{SockFlag, SockType};
@@ -385,7 +386,7 @@ fn a_slow_source_that_hangs_for_some_pages_delays_no_other_page_of_adopted_memor
         let region = builder.readahead(Readahead::None).build_adopted(adopt(&guest), &pool).unwrap();
         let delayed = scope(|scope| {
             let (send, served) = mpsc::channel();
-            let delayed = (0..40).find_map(|group| {
+            let delayed = (0..rounds(40) as usize).find_map(|group| {
                 for page in group * GROUP..(group + 1) * GROUP {
                     let (guest, send) = (&guest, send.clone());
                     scope.spawn(move || {

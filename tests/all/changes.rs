@@ -3,6 +3,7 @@
 use crate::donated::pages_of;
 use crate::firecracker::{PAGES, connect, expected};
 use crate::handler::RunningHandler;
+use crate::machine::rounds;
 use crate::shared::memfd_of;
 use crate::{HANG, PAGE, SetOnDrop, discard, own_memory, pattern, until};
 use pagestitch::source::FileSource;
@@ -182,8 +183,8 @@ fn a_writer_right_behind_each_fill_loses_no_write() {
     if records_no_writes(this_test!()) {
         return;
     }
-    const COUNT: usize = 6 * 512;
-    let bytes = pattern(5, COUNT * PAGE);
+    let count = rounds(6 * 512) as usize;
+    let bytes = pattern(5, count * PAGE);
     let region = tracked(bytes.clone(), &Pool::new().unwrap());
     let mut shadow = bytes;
     let (next, done) = (AtomicUsize::new(0), AtomicBool::new(false));
@@ -201,7 +202,7 @@ fn a_writer_right_behind_each_fill_loses_no_write() {
                     loop {
                         // Neighbours meet in one fill, because pages are filled ahead.
                         let page = next.fetch_add(1, Ordering::Relaxed);
-                        if page >= COUNT {
+                        if page >= count {
                             break;
                         }
                         let at = (page * PAGE + 17 * writer) as u64;
@@ -223,10 +224,10 @@ fn a_writer_right_behind_each_fill_loses_no_write() {
         until(|| writers.iter().all(|writer| writer.is_finished()));
     });
     copy(&mut shadow);
-    let mut all = vec![0; COUNT * PAGE];
+    let mut all = vec![0; count * PAGE];
     region.read_at(0, &mut all).unwrap();
     let lost: Vec<_> =
-        (0..COUNT).filter(|page| all[page * PAGE..][..PAGE] != shadow[page * PAGE..][..PAGE]).collect();
+        (0..count).filter(|page| all[page * PAGE..][..PAGE] != shadow[page * PAGE..][..PAGE]).collect();
     assert!(lost.is_empty(), "lost writes in pages {lost:?}");
 }
 

@@ -4,6 +4,7 @@
 use crate::application::free;
 use crate::donated::pages_of;
 use crate::lazy::chunk_of;
+use crate::machine::rounds;
 use crate::{PAGE, SIGBUS, SIGSEGV, discard, lacks_poison, pattern, touch, until};
 use nix::libc;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -156,7 +157,7 @@ fn discards_across_borders_lose_no_byte_while_all_shards_fault() {
                     }
                 });
             }
-            for turn in 0..40 {
+            for turn in 0..rounds(40) as usize {
                 let pages = 1 + turn * 5 % 600;
                 starts[1..]
                     .iter()

@@ -180,14 +180,15 @@ fn inline_region_with_file(bytes: &[u8]) -> Region {
 
 /// Runs rounds of `step` under signals, until the handler has read a hundred bytes.
 fn read_in_a_storm(step: impl Fn(usize)) {
+    let enough = rounds(100) as usize;
     end_if_hung();
     handle_user_signal(read_a_byte);
     in_a_storm(|| {
-        (0..).take_while(|_| READ.load(Ordering::SeqCst) < 100).for_each(step);
+        (0..).take_while(|_| READ.load(Ordering::SeqCst) < enough).for_each(step);
         ADDRESS.store(0, Ordering::SeqCst);
     });
     let (read, wrong) = (READ.load(Ordering::SeqCst), WRONG.load(Ordering::SeqCst));
-    assert!(read >= 100 && wrong == 0, "{read} right, {wrong} wrong");
+    assert!(read >= enough && wrong == 0, "{read} right, {wrong} wrong");
 }
 
 #[test]

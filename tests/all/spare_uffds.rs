@@ -3,6 +3,7 @@
 
 use crate::application::free;
 use crate::lazy::chunk_of;
+use crate::machine::rounds;
 use crate::{
     PAGE, SIGSEGV, become_ordinary_user, cannot_inherit, discard, lacks_poison, pattern, spawn_asleep, touch,
     until,
@@ -132,7 +133,7 @@ fn discards_during_a_drop_neither_hang_nor_meet_the_next_region() {
     let end = child::run(this_test!(), || {
         let pool = Pool::builder().workers(2).start().unwrap();
         let bytes = pattern(3, 10 * PAGE);
-        for _ in 0..200 {
+        for _ in 0..rounds(200) {
             let region = region(&bytes, &pool);
             assert_eq!(region.as_slice(), bytes);
             let (start, ends) = (region.as_ptr().expose_provenance().get(), AtomicBool::new(false));
