@@ -3,10 +3,12 @@
 
 use crate::machine::rounds;
 use crate::waits::until;
-use crate::{PAGE, pattern};
+use crate::{PAGE, SetOnDrop, pattern};
 use nix::libc::{self, EIO, ENOSPC};
 use pagestitch::source::{FailureReason, WritableFile, WritableSource};
 use pagestitch::{Budget, BuildOption, Chunk, ErrorKind, Pool, Region, SharedRegion, Source, WriteBack};
+use pagestitch_kernel::Errno;
+use pagestitch_testkit::deny::deny_copies;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use proptest::prelude::*;
@@ -187,6 +189,56 @@ fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
         }
         assert_eq!(budget.metrics().dirty_bytes, 0);
     }
+}
+
+/// A frame that a system call has taken can leave its region before the call writes to it.
+#[test]
+fn no_write_at_is_lost_beside_flushes_and_evictions() {
+    no_write_at_is_lost(|| {});
+}
+
+/// As where a container's seccomp profile denies them.
+#[test]
+fn no_write_at_is_lost_without_process_vm_readv() {
+    let end = child::run(this_test!(), || no_write_at_is_lost(|| deny_copies(Errno::EPERM)));
+    end.expect_pass();
+}
+
+/// One thread writes all pages and compares them with the source after each flush, beside a thread that flushes
+/// and evicts.
+fn no_write_at_is_lost(begin: impl FnOnce()) {
+    const PAGES: usize = 4;
+    if moves_no_pages() {
+        return;
+    }
+    begin();
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(vec![0; PAGES * PAGE]));
+    let (region, is_over) = (bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1), AtomicBool::new(false));
+    let rounds_begun = AtomicU64::new(0);
+    scope(|scope| {
+        scope.spawn(|| {
+            let mut before = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                region.flush(..).unwrap();
+                // Once a round, because a write gives a page up that leaves again and again.
+                let now = rounds_begun.load(Ordering::Relaxed);
+                if now != std::mem::replace(&mut before, now) {
+                    region.evict(..).unwrap();
+                }
+            }
+        });
+        let _is_over = SetOnDrop(&is_over);
+        let mut read = vec![0; PAGES * PAGE];
+        for round in 1..=rounds(1_500) {
+            let bytes = vec![(round % 255) as u8 + 1; PAGES * PAGE];
+            rounds_begun.store(round, Ordering::Relaxed);
+            region.write_at(0, &bytes).unwrap();
+            region.read_at(0, &mut read).unwrap();
+            assert!(read == bytes, "round {round}: lost in the region");
+            region.flush(..).unwrap();
+            assert!(*disk.bytes.lock().unwrap() == bytes, "round {round}: lost in the source");
+        }
+    });
 }
 
 #[test]

@@ -5,9 +5,11 @@ use crate::firecracker::{PAGES, connect, expected};
 use crate::handler::RunningHandler;
 use crate::machine::rounds;
 use crate::shared::memfd_of;
-use crate::{HANG, PAGE, SetOnDrop, discard, own_memory, pattern, until};
+use crate::{HANG, PAGE, REPORTS, SetOnDrop, discard, own_memory, pattern, until};
 use pagestitch::source::FileSource;
-use pagestitch::{BuildOption, Chunk, Eager, Error, ErrorKind, Inline, Pool, Region, Server, SharedRegion};
+use pagestitch::{
+    BuildOption, Chunk, Eager, Error, ErrorKind, Inline, Pool, Region, Server, SharedRegion, Source,
+};
 use pagestitch_firecracker::{Extents, Handler, Snapshot};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Features, Support};
@@ -15,6 +17,7 @@ use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -65,6 +68,87 @@ fn each_written_page_is_reported_once_by_every_server() {
         assert_eq!(changes(&region), []);
         write(&region, 4);
         assert_eq!(changes(&region), [pages(4..5)]);
+    }
+}
+
+/// The kernel waits for the bytes of a page in the middle of the write, and a scan comes meanwhile.
+#[test]
+fn a_write_whose_bytes_come_late_is_reported_after_it() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let (pool, source) = (Pool::builder().workers(2).start().unwrap(), Scripted::new(2 * PAGE as u64));
+    let source = Arc::new(source.holding(PAGE as u64..2 * PAGE as u64));
+    let late = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&pool).unwrap();
+    if !late.serves_system_calls() {
+        return println!("SKIPPED: the kernel waits for no page of an ordinary user");
+    }
+    let region = tracked(vec![0; 2 * PAGE], &pool);
+    region.populate(..).unwrap();
+    scope(|scope| {
+        let writer = scope.spawn(|| region.write_at(0, late.as_slice()).unwrap());
+        source.wait_until_held(1);
+        let beside = changes(&region);
+        source.release();
+        writer.join().unwrap();
+        let after = changes(&region);
+        assert!(after.iter().any(|range| range.end == 2 * PAGE as u64), "{beside:?}, then {after:?}");
+    });
+}
+
+/// A page without bytes has none to save. Once it has those of its source again, it has changed.
+#[test]
+fn a_written_page_that_is_discarded_and_poisoned_is_reported_after_a_retry() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("changes");
+    let saved = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    let read_only = File::open(&path).unwrap();
+    for reports in REPORTS {
+        for is_reported in [false, true] {
+            let source = Arc::new(Fickle::default());
+            let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source))).writable();
+            let builder = builder.track_changes().report_discards(reports);
+            let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
+            region.write_at(0, &[2; 3 * PAGE]).unwrap();
+            if is_reported {
+                assert_eq!(changes(&region), [pages(0..3)]);
+                region.write_at(0, &[3; 3 * PAGE]).unwrap();
+            }
+            assert_eq!(region.save_changes(&read_only).unwrap_err().kind(), ErrorKind::Io);
+            discard(region.as_ptr().addr().get() + PAGE, PAGE);
+            assert_eq!(region.save_changes(&read_only).unwrap_err().kind(), ErrorKind::Io);
+            source.fails.store(true, Ordering::SeqCst);
+            region.populate(PAGE as u64..2 * PAGE as u64).unwrap_err();
+            let ranges: Vec<_> = region.save_changes(&saved).unwrap().collect();
+            assert_eq!(ranges, [pages(0..1), pages(2..3)]);
+            assert_eq!(changes(&region), []);
+            source.fails.store(false, Ordering::SeqCst);
+            region.retry_failed(..).unwrap();
+            assert_eq!(changes(&region), [pages(1..2)]);
+        }
+    }
+}
+
+/// A source whose reads fail at times.
+#[derive(Default)]
+struct Fickle {
+    fails: AtomicBool,
+}
+
+impl Source for Fickle {
+    fn size(&self) -> u64 {
+        3 * PAGE as u64
+    }
+
+    fn read_at(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+        if self.fails.load(Ordering::SeqCst) {
+            return Err(io::Error::other("it fails"));
+        }
+        into.fill(1);
+        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::donated::pages_of;
 use crate::{PAGE, pattern, reason, touch};
+use nix::sys::mman::{ProtFlags, mprotect};
 use pagestitch::source::{Alias, FailureReason, SharedFile, UnsealedMemfd};
 use pagestitch::{Access, Chunk, ErrorKind, Method, PlanReason, Pool, Region, SharedRegion};
 use pagestitch_testkit::{child, this_test};
@@ -343,6 +344,41 @@ fn read_at_and_write_at_work_without_process_vm_readv() {
         assert_eq!(reason(&error), FailureReason::Truncated, "{error}");
     });
     end.expect_pass();
+}
+
+/// A call that writes to frames would force its way, and write to a frame that has left the region.
+#[test]
+fn a_write_keeps_to_the_protection_of_its_pages() {
+    write_keeps_to_protection();
+}
+
+#[test]
+fn a_write_without_process_vm_readv_keeps_to_the_protection_of_its_pages() {
+    let end = child::run(this_test!(), || {
+        pagestitch_testkit::deny::deny_copies(pagestitch_kernel::Errno::EPERM);
+        write_keeps_to_protection();
+    });
+    end.expect_pass();
+}
+
+fn write_keeps_to_protection() {
+    let builder = Region::builder().chunk(vec![1; 3 * PAGE]).writable();
+    let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
+    region.populate(..).unwrap();
+    protect(&region, PAGE, ProtFlags::PROT_READ);
+    let error = region.write_at(0, &[2; 3 * PAGE]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::SourceFailed, "{error}");
+    assert!(bytes_of(&region)[PAGE..] == [1; 2 * PAGE]);
+    protect(&region, PAGE, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE);
+    region.write_at(0, &[2; 3 * PAGE]).unwrap();
+    assert!(bytes_of(&region) == [2; 3 * PAGE]);
+}
+
+#[expect(unsafe_code, reason = "an application protects a page of its region")]
+fn protect(region: &SharedRegion, offset: usize, protection: ProtFlags) {
+    let page = region.as_ptr().cast().map_addr(|start| start.saturating_add(offset));
+    // SAFETY: the page is inside the region, and the test holds no reference to its bytes.
+    unsafe { mprotect(page, PAGE, protection) }.unwrap();
 }
 
 /// A file system on a disk that fails, with a file of which nothing is in the page cache.

@@ -2,7 +2,7 @@
 
 use crate::changes::records_no_writes;
 use crate::machine::rounds;
-use crate::{PAGE, SetOnDrop, pattern};
+use crate::{PAGE, REPORTS, SetOnDrop, discard, pattern};
 use nix::libc::{EIO, ENOSPC};
 use pagestitch::source::{WritableFile, WritableSource};
 use pagestitch::{BuildOption, Chunk, Eager, ErrorKind, Pool, Region, SharedRegion, Source, WriteBack};
@@ -28,6 +28,10 @@ struct State {
     /// Writes that meet these bytes fail with this errno.
     failing: Option<(Range<u64>, i32)>,
     sync_fails: bool,
+    /// Reads that meet these bytes fail.
+    unreadable: Option<Range<u64>>,
+    /// The next write discards the page at this address.
+    discards: Option<usize>,
     /// The most bytes of one write; 0 for no limit.
     most: usize,
 }
@@ -52,13 +56,20 @@ impl Source for Disk {
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        into.copy_from_slice(&self.state().bytes[offset as usize..][..into.len()]);
+        let state = self.state();
+        let end = offset + into.len() as u64;
+        if state.unreadable.as_ref().is_some_and(|range| offset < range.end && range.start < end) {
+            return Err(io::Error::from_raw_os_error(EIO));
+        }
+        into.copy_from_slice(&state.bytes[offset as usize..][..into.len()]);
         Ok(())
     }
 }
 
 impl WritableSource for Disk {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        let discards = self.state().discards.take();
+        discards.into_iter().for_each(|page| discard(page, PAGE));
         let mut state = self.state();
         let end = offset + bytes.len() as u64;
         if let Some((failing, errno)) = &state.failing
@@ -139,6 +150,66 @@ fn a_write_beside_a_flush_is_found_by_the_next_one() {
             assert!(disk.state().bytes == bytes, "round {round}");
         }
     });
+}
+
+fn address(region: &SharedRegion, page: usize) -> usize {
+    region.as_ptr().addr().get() + page * PAGE
+}
+
+/// A page without bytes has nothing to write, and keeps no other page from its source.
+#[test]
+fn a_dirty_page_that_is_discarded_and_poisoned_fails_no_later_flush() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    for reports in REPORTS {
+        let disk = Disk::of(&[1; 4 * PAGE]);
+        let builder = Region::builder().chunk(Chunk::writable(Arc::clone(&disk))).report_discards(reports);
+        let region = builder.write_back(WriteBack::ToSource).build_shared(&Pool::new().unwrap()).unwrap();
+        region.write_at(0, &[2; 4 * PAGE]).unwrap();
+        disk.state().failing = Some((0..at(4), ENOSPC));
+        assert_eq!(region.flush(..).unwrap_err().kind(), ErrorKind::SourceFailed);
+        discard(address(&region, 1), PAGE);
+        disk.state().unreadable = Some(at(1)..at(2));
+        region.populate(at(1)..at(2)).unwrap_err();
+        disk.state().failing = None;
+        region.flush(..).unwrap();
+        let written = [2, 1, 2, 2].map(|byte| [byte; PAGE]).concat();
+        assert!(disk.state().bytes == written);
+        disk.state().unreadable = None;
+        region.retry_failed(..).unwrap();
+        let mut all = vec![0; 4 * PAGE];
+        region.read_at(0, &mut all).unwrap();
+        assert!(all == written);
+        region.finish().unwrap();
+        assert!(disk.state().bytes == written);
+    }
+}
+
+#[test]
+fn a_page_that_is_discarded_during_a_flush_and_poisoned_fails_that_flush_only() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    /// More than a flush writes at once.
+    const PAGES: usize = (3 << 20) / PAGE;
+    for reports in REPORTS {
+        let disk = Disk::of(&vec![1; PAGES * PAGE]);
+        let builder = Region::builder().chunk(Chunk::writable(Arc::clone(&disk))).report_discards(reports);
+        let region = builder.write_back(WriteBack::ToSource).build_shared(&Pool::new().unwrap()).unwrap();
+        region.write_at(0, &[2; PAGES * PAGE]).unwrap();
+        let gone = PAGES / 2;
+        {
+            let mut state = disk.state();
+            state.discards = Some(address(&region, gone));
+            state.unreadable = Some(at(gone)..at(gone + 1));
+        }
+        assert_eq!(region.flush(..).unwrap_err().kind(), ErrorKind::SourceFailed);
+        region.flush(..).unwrap();
+        let state = disk.state();
+        let is_written = |page: usize| state.bytes[page * PAGE..][..PAGE] == [2; PAGE];
+        assert!((0..PAGES).all(|page| is_written(page) == (page != gone)));
+    }
 }
 
 #[test]

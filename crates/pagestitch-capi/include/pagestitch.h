@@ -339,8 +339,12 @@ int ps_region_append(ps_region *region,
                      uint64_t *offset);
 
 // Calls `tell`, in this thread, with each range that was written since the last such call. Needs
-// ps_builder_track_changes(). Read the bytes afterwards: they then include each write that was told.
-int ps_region_changes(ps_region *region, void (*tell)(void *ctx, uint64_t offset, uint64_t bytes), void *ctx);
+// ps_builder_track_changes(). Read the bytes afterwards: they then include each write that was told. A transfer that
+// pins pages of the region has ended before the call, or its bytes may be missed: an O_DIRECT read, an io_uring, a
+// process_vm_writev(2), a write to /proc/PID/mem. A buffered read(2) and ps_region_write() are safe.
+int ps_region_changes(ps_region *region,
+                      void (*tell)(void *ctx, uint64_t offset, uint64_t bytes),
+                      void *ctx);
 
 // Writes the pages that were written since the last such call to an open file, each at its offset in the region. All
 // other pages are holes. Replaces the contents of the file, and does not sync it.

@@ -179,7 +179,9 @@ pub extern "C" fn ps_region_append(
 }
 
 /// Calls `tell`, in this thread, with each range that was written since the last such call. Needs
-/// ps_builder_track_changes(). Read the bytes afterwards: they then include each write that was told.
+/// ps_builder_track_changes(). Read the bytes afterwards: they then include each write that was told. A transfer that
+/// pins pages of the region has ended before the call, or its bytes may be missed: an O_DIRECT read, an io_uring, a
+/// process_vm_writev(2), a write to /proc/PID/mem. A buffered read(2) and ps_region_write() are safe.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_changes(
     region: *mut Region,

@@ -4,12 +4,15 @@
 
 use crate::errno::Errno;
 use crate::mapping::OwnedMapping;
+use nix::fcntl::OFlag;
+use nix::libc::{self, c_void};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
-use nix::unistd::Pid;
+use nix::unistd::{self, Pid, pipe2};
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::ptr;
+use std::ptr::{self, NonNull};
 
 /// Lets the kernel copy bytes out of an owned mapping.
 pub(crate) fn read(mapping: &OwnedMapping, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
@@ -31,6 +34,9 @@ pub(crate) fn read(mapping: &OwnedMapping, offset: u64, into: &mut [u8]) -> Resu
 }
 
 /// Lets the kernel copy bytes into an owned mapping.
+///
+/// It pins the frames of some pages and then writes to them. A page with a pinned frame does not move,
+/// but a scan for written pages arms it, so that the caller has to know of scans meanwhile.
 pub(crate) fn write(mapping: &OwnedMapping, offset: u64, from: &[u8]) -> Result<(), Errno> {
     let mut done = 0;
     while done < from.len() {
@@ -39,9 +45,37 @@ pub(crate) fn write(mapping: &OwnedMapping, offset: u64, from: &[u8]) -> Result<
             Ok(0) => return Err(Errno::EFAULT),
             Ok(written) => done += written,
             Err(refused @ (Errno::EPERM | Errno::ENOSYS)) => {
-                return write_through_file(remote.base, &from[done..], refused);
+                return store_through_pipe(place(mapping, offset, done, from.len()), &from[done..], refused);
             }
             Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+/// The fallback for containers whose seccomp profile forbids `process_vm_writev(2)`, which has answered
+/// `refused`. Stores bytes to an owned mapping, from `to` on.
+///
+/// `read(2)` stores as a thread of the program does, through the page table. A write to `/proc/self/mem`
+/// does not: it takes the frame of a page without a pin, so that the page can move away before the bytes
+/// are in the frame, and it ignores the protection of the page.
+#[cold]
+fn store_through_pipe(to: NonNull<c_void>, from: &[u8], refused: Errno) -> Result<(), Errno> {
+    let (output, input) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|_| refused)?;
+    let (mut to, mut rest) = (to.as_ptr(), from);
+    while !rest.is_empty() {
+        // As many bytes as the pipe has room for.
+        let mut inside = unistd::write(&input, rest).map_err(Errno::of)?;
+        rest = &rest[inside..];
+        while inside > 0 {
+            // SAFETY: from `to` on, an owned mapping has room for the bytes of the pipe, and its owner
+            // allows writes. Where a page is not mapped for writing, the answer is EFAULT. Not the
+            // function of the C library, which sanitizers take for a plain write: a race is defined here.
+            #[expect(unsafe_code, reason = "the kernel stores through a raw pointer")]
+            let stored = unsafe { libc::syscall(libc::SYS_read, output.as_raw_fd(), to, inside) };
+            let stored = usize::try_from(Errno::result(stored)?).unwrap_or(0);
+            inside -= stored;
+            to = to.wrapping_byte_add(stored);
         }
     }
     Ok(())
@@ -54,17 +88,16 @@ fn read_through_file(address: usize, into: &mut [u8], refused: Errno) -> Result<
     memory.read_exact_at(into, address as u64).map_err(|_| Errno::EFAULT)
 }
 
-fn write_through_file(address: usize, from: &[u8], refused: Errno) -> Result<(), Errno> {
-    let memory = File::options().write(true).open(OWN_MEMORY).map_err(|_| refused)?;
-    memory.write_all_at(from, address as u64).map_err(|_| Errno::EFAULT)
+fn remote(mapping: &OwnedMapping, offset: u64, done: usize, len: usize) -> RemoteIoVec {
+    RemoteIoVec { base: place(mapping, offset, done, len).addr().get(), len: len - done }
 }
 
-fn remote(mapping: &OwnedMapping, offset: u64, done: usize, len: usize) -> RemoteIoVec {
+/// The address of the byte at `done` of a range of `len` bytes, which lies inside the mapping.
+fn place(mapping: &OwnedMapping, offset: u64, done: usize, len: usize) -> NonNull<c_void> {
     let start = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(done));
     let start =
         start.filter(|start| mapping.bytes().checked_sub(*start).is_some_and(|left| len - done <= left));
-    let start = start.expect("inside the mapping");
-    RemoteIoVec { base: mapping.at(start).addr().get(), len: len - done }
+    mapping.at(start.expect("inside the mapping"))
 }
 
 /// Copies from `from` into `into`, with one access for each word, in order, because a device may be

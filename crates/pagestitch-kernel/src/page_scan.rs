@@ -39,9 +39,10 @@ impl PageScan {
     /// Calls `each` with every run of pages that were written since they were armed, and arms them
     /// again, in one walk. `in_memory` is false for a run of pages that are swapped out or poisoned.
     ///
-    /// A write that this call misses is found by the next one. The bytes of a run are read after the
-    /// call: they include all writes that it reports. A page that is absent is neither reported nor
-    /// armed.
+    /// A store that this call misses is found by the next one. A write to a frame that was pinned before
+    /// the call, and that ends after it, leaves no record: `process_vm_writev(2)`, for example. The bytes
+    /// of a run are read after the call: they include all stores that it reports. A page that is absent
+    /// is neither reported nor armed.
     ///
     /// # Errors
     ///

@@ -71,20 +71,22 @@ impl ExactSizeIterator for Changes {}
 impl FusedIterator for Changes {}
 
 impl AnyRegion {
-    /// The ranges that were written since the last call, or since the build. Each change is found by
-    /// one call; a write during the call is found by this call or the next one. Read the bytes after
-    /// the call: they then include each write that it reports.
+    /// The ranges that were written since the last call, or since the build. A write during the call is
+    /// found by this call, the next one, or both. Read the bytes after the call: they then include each
+    /// write that it reports.
     ///
     /// It may report too much, and never too little:
     ///
     /// * **Whole pages.** One written byte reports its page, also if the byte stays the same.
     /// * **Discarded pages** (`MADV_DONTNEED`) that were written before are reported, because they have
     ///   the bytes of their sources again.
-    /// * **Not seen**: writes by devices, and by io_uring with fixed buffers, into pages that the kernel
-    ///   has pinned since before the last call. The pin was a write, so the page is reported once. End
-    ///   the transfer, and release the buffers, before the call. Nor is a page taken out without a
-    ///   report of the kernel, by a guard (`MADV_GUARD_INSTALL`) that is removed again, or by a move with
-    ///   another userfaultfd.
+    /// * **Not seen**: bytes that reach a page after the call, by a transfer that has pinned the page before
+    ///   it. The pin counts as the write. Such transfers are an `O_DIRECT` read, io_uring with fixed
+    ///   buffers, a device, another process's `process_vm_writev(2)`, and a debugger's write to
+    ///   `/proc/PID/mem`: end them before the call. A buffered `read(2)` stores as a thread does, and
+    ///   `write_at` takes care of itself.
+    /// * Nor is a page taken out without a report of the kernel, by a guard (`MADV_GUARD_INSTALL`) that is
+    ///   removed again, or by a move with another userfaultfd.
     ///
     /// A call takes about 0.9 ms for each GiB of pages that are present, and a few microseconds beside
     /// it. After the first discard, or without [reports](crate::Builder::report_discards) of them, it

@@ -31,7 +31,7 @@ pub(super) fn refused(region: &AnyRegion, done: &str, range: &Range<u64>, errno:
         Errno::EPERM | Errno::ENOSYS => {
             let what = format!(
                 "region {name}: bytes {start}..{end} cannot be {done}: neither process_vm_readv(2) and process_vm_writev(2) nor \
-                 /proc/self/mem are allowed here ({errno}): let the container's seccomp profile pass them"
+                 /proc/self/mem and pipes are allowed here ({errno}): let the container's seccomp profile pass them"
             );
             Error::new(ErrorKind::PermissionDenied, what)
         }

@@ -31,7 +31,10 @@ impl AnyRegion {
     /// * **A kill** during the call leaves old or new bytes in each page of a file. After a power cut,
     ///   the same holds for pages that a finished flush has synced; others depend on the file system.
     /// * **Discarded pages** (`MADV_DONTNEED`) that were not flushed lose their writes.
-    /// * **Devices** that write to pinned pages leave no record, as for [`changes`](Self::changes).
+    /// * **Transfers** into pinned pages (`O_DIRECT`, devices, another process) end before the call, or their
+    ///   bytes may be missed, as by [`changes`](Self::changes). With a [budget](crate::Builder::budget),
+    ///   pinned pages stay dirty, and each flush writes them; but a debugger's write to `/proc/PID/mem`
+    ///   pins no page, and is lost if the page leaves meanwhile.
     ///
     /// The end of the region flushes too: `finish` returns an error of that flush, while `close` and the
     /// drop can only log it and tell [`on_page_failure`](crate::Builder::on_page_failure).

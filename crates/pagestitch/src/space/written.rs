@@ -1,9 +1,11 @@
 //! The pages of a region that were written since the last question.
 //!
 //! The kernel keeps the record: each page arrives write-protected, and the first write removes the
-//! marker (`UFFD_FEATURE_WP_ASYNC`). A scan returns the pages without a marker and sets it again. So
-//! no write falls between two scans. Pages arrive by a copy only, because a move and the zero page
-//! have no such marker.
+//! marker (`UFFD_FEATURE_WP_ASYNC`). A scan returns the pages without a marker and sets it again. A
+//! store beside a scan is found by it or by the next one, because it faults again if the marker is back.
+//! A system call that takes frames first and writes to them after the scan leaves no record: our own
+//! calls run [`beside_scans`](WrittenPages::beside_scans). Pages arrive by a copy only, because a move
+//! and the zero page have no marker.
 //!
 //! A discard (`MADV_DONTNEED`) is a change too, once a written page was reported: the page has the
 //! bytes of its source again. The kernel has no marker of an absent page, so this table remembers the
@@ -19,7 +21,7 @@ use pagestitch_kernel::page_scan::PageScan;
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
 use parking_lot::Mutex;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// The use of a record of written pages. Each written page is found once, so there is one use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,33 +54,65 @@ pub(crate) struct WrittenPages {
     reported: AtomicTable,
     /// Locked by [`take`](Self::take), so that each change has one finder.
     turn: Mutex<Turn>,
-    /// The number of scans that have begun, and of those that have ended: odd during a scan.
-    scans: AtomicU64,
+    /// Pages for the next call of [`take`](Self::take). A lock of its own, because a scan takes a
+    /// millisecond for each GiB, and a write beside it does not wait.
+    returned: Mutex<Returned>,
+    scans: Scans,
 }
 
 #[derive(Debug, Default)]
 struct Turn {
-    /// Pages that a caller has returned, for the next one.
-    returned: Vec<Span>,
     /// Covers all pages with a bit in `reported`.
     bounds: Option<Span>,
 }
 
-impl Turn {
-    /// Takes the returned pages of a span.
-    fn take_returned(&mut self, span: Span) -> Vec<Span> {
+/// Pages that a caller has returned.
+#[derive(Debug, Default)]
+struct Returned(Vec<Span>);
+
+impl Returned {
+    fn add(&mut self, spans: &[Span]) {
+        self.0.extend(spans.iter().filter(|span| !span.is_empty()));
+    }
+
+    /// Takes the pages of a span.
+    fn take(&mut self, span: Span) -> Vec<Span> {
         let mut taken = Vec::new();
-        for returned in std::mem::take(&mut self.returned) {
+        for returned in std::mem::take(&mut self.0) {
             let inside = gap(returned.first.max(span.first), returned.end().min(span.end()));
             if inside.is_empty() {
-                self.returned.push(returned);
+                self.0.push(returned);
                 continue;
             }
             taken.push(inside);
-            let rest = [gap(returned.first, inside.first), gap(inside.end(), returned.end())];
-            self.returned.extend(rest.into_iter().filter(|rest| !rest.is_empty()));
+            self.add(&[gap(returned.first, inside.first), gap(inside.end(), returned.end())]);
         }
         taken
+    }
+}
+
+/// The number of scans that have begun, and of those that have ended: odd during a scan.
+#[derive(Debug, Default)]
+struct Scans(AtomicU64);
+
+impl Scans {
+    /// Begins a scan, which ends with the guard.
+    fn begin(&self) -> Scan<'_> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Scan(self)
+    }
+
+    fn count(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// A scan that goes on.
+struct Scan<'s>(&'s Scans);
+
+impl Drop for Scan<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -87,8 +121,9 @@ impl WrittenPages {
     pub(super) fn new(pages: NonZeroUsize, used_for: RecordFor) -> Result<Self, Errno> {
         let words = pages.get().div_ceil(WORD_PAGES);
         let reported = AtomicTable::new(NonZeroUsize::new(words).expect("a region has pages"))?;
-        let (notice, scan, turn) = (DiscardNotice::default(), PageScan::open()?, Mutex::default());
-        Ok(Self { used_for, notice, scan, reported, turn, scans: AtomicU64::new(0) })
+        let (notice, scan) = (DiscardNotice::default(), PageScan::open()?);
+        let (turn, returned, scans) = Default::default();
+        Ok(Self { used_for, notice, scan, reported, turn, returned, scans })
     }
 
     /// True if a page that is filled arrives write-protected. A page that was reported as written and
@@ -114,13 +149,17 @@ impl WrittenPages {
     ) -> Result<Vec<Span>, Errno> {
         let at = Addresses { range, size };
         let mut turn = self.turn.lock();
-        let mut found = turn.take_returned(span);
+        let mut found = Vec::new();
+        let returned = self.returned.lock().take(span);
+        for returned in returned {
+            self.take_unless_poisoned(returned, pages, &mut turn, &mut found);
+        }
         let looks = discards == Discards::Seen || self.notice.is_possible();
         let discarded = if looks { self.take_discarded(&at, &turn, &mut found) } else { Ok(()) };
         let taken = discarded.and_then(|()| self.take_written(&at, span, pages, &mut turn, &mut found));
         let found = merged(found);
         if let Err(errno) = taken {
-            turn.returned.extend(found);
+            self.give_back(&found);
             return Err(errno);
         }
         Ok(found)
@@ -137,13 +176,16 @@ impl WrittenPages {
         self.scan.absent(at.range_of(span), |run| each(at.span_of(run)))
     }
 
-    /// Runs a system call that writes to a span. Such a call removes the markers of some pages and then changes their bytes,
-    /// without another look at the markers: a scan in between returns the pages with their old bytes, and arms them for
-    /// nothing. So the pages of a call beside a scan are returned for the next one.
+    /// Runs a system call that takes the frames of a span and then writes to them. The markers end when it takes the
+    /// frames: a scan before it writes returns the pages with their old bytes, and arms them for nothing. So the
+    /// pages of a call beside a scan are returned for the next one.
     pub(crate) fn beside_scans<R>(&self, span: Span, write: impl FnOnce() -> R) -> R {
-        let before = self.scans.load(Ordering::SeqCst);
+        let before = self.scans.count();
         let written = write();
-        if before % 2 == 1 || self.scans.load(Ordering::SeqCst) != before {
+        // A processor may let the load below overtake the write of the bytes. A scan in between would not be
+        // counted, and the reader of the bytes after it would miss them.
+        fence(Ordering::SeqCst);
+        if before % 2 == 1 || self.scans.count() != before {
             self.give_back(&[span]);
         }
         written
@@ -151,7 +193,17 @@ impl WrittenPages {
 
     /// Returns pages whose bytes could not be saved, so that the next call finds them again.
     pub(crate) fn give_back(&self, spans: &[Span]) {
-        self.turn.lock().returned.extend_from_slice(spans);
+        self.returned.lock().add(spans);
+    }
+
+    /// Finds the pages of a returned span, without those that were discarded since, and whose source has
+    /// failed: such a page has no bytes to save. It is reported once it has those of its source.
+    fn take_unless_poisoned(&self, span: Span, pages: &PageTable, turn: &mut Turn, found: &mut Vec<Span>) {
+        if span.iter().all(|page| pages.state(page) != PageState::Poisoned) {
+            return found.push(span);
+        }
+        self.set_reported(span, turn);
+        found.extend(without_poisoned(span, pages));
     }
 
     fn set_reported(&self, span: Span, turn: &mut Turn) {
@@ -210,21 +262,18 @@ impl WrittenPages {
         turn: &mut Turn,
         found: &mut Vec<Span>,
     ) -> Result<(), Errno> {
-        self.scans.fetch_add(1, Ordering::SeqCst);
-        let scanned = self.scan.take_written(at.range_of(span), |run, in_memory| {
+        let _scan = self.scans.begin();
+        self.scan.take_written(at.range_of(span), |run, in_memory| {
             let span = at.span_of(run);
             let from = found.len();
             if in_memory {
                 found.push(span);
             } else {
                 // A poison marker is no write.
-                let written = |page: &Page| pages.state(*page) != PageState::Poisoned;
-                found.extend(span.iter().filter(written).map(Page::span));
+                found.extend(without_poisoned(span, pages));
             }
             found[from..].iter().for_each(|span| self.set_reported(*span, turn));
-        });
-        self.scans.fetch_add(1, Ordering::SeqCst);
-        scanned
+        })
     }
 }
 
@@ -244,6 +293,11 @@ impl Addresses {
         let first = self.size.page_at((range.start() - self.range.start()) as u64);
         Span { first, pages: range.bytes() / self.size.bytes() }
     }
+}
+
+/// The pages of a span that are not poisoned, in runs of one.
+fn without_poisoned(span: Span, pages: &PageTable) -> impl Iterator<Item = Span> {
+    span.iter().filter(|page| pages.state(*page) != PageState::Poisoned).map(Page::span)
 }
 
 /// Ascending runs that neither overlap nor touch.
@@ -294,6 +348,7 @@ const WINDOW_PAGES: usize = 32_768;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
 
     fn span(first: usize, pages: usize) -> Span {
         Span { first: Page(first), pages }
@@ -308,11 +363,38 @@ mod tests {
 
     #[test]
     fn returned_pages_are_taken_by_the_span_that_holds_them() {
-        let mut turn = Turn { returned: vec![span(0, 10), span(20, 5)], bounds: None };
-        assert_eq!(turn.take_returned(span(4, 3)), [span(4, 3)]);
-        assert_eq!(merged(turn.returned.clone()), [span(0, 4), span(7, 3), span(20, 5)]);
-        assert_eq!(merged(turn.take_returned(span(0, 100))).len(), 3);
-        assert_eq!(turn.returned, []);
+        let mut returned = Returned(vec![span(0, 10), span(20, 5)]);
+        assert_eq!(returned.take(span(4, 3)), [span(4, 3)]);
+        assert_eq!(merged(returned.0.clone()), [span(0, 4), span(7, 3), span(20, 5)]);
+        assert_eq!(merged(returned.take(span(0, 100))).len(), 3);
+        assert_eq!(returned.0, []);
+    }
+
+    #[test]
+    fn the_pages_of_a_write_beside_a_scan_are_returned() {
+        let written = WrittenPages::new(NonZeroUsize::new(200).unwrap(), RecordFor::Changes).unwrap();
+        let returned = || std::mem::take(&mut written.returned.lock().0);
+        written.beside_scans(span(1, 2), || ());
+        assert_eq!(returned(), [], "no scan goes on");
+        written.beside_scans(span(1, 2), || drop(written.scans.begin()));
+        assert_eq!(returned(), [span(1, 2)]);
+        let (scan, turn) = (written.scans.begin(), written.turn.lock());
+        written.beside_scans(span(3, 4), || ());
+        // It waits neither for the scan nor for its turn; and it has written no byte.
+        written.beside_scans(span(5, 0), || ());
+        drop((scan, turn));
+        assert_eq!(returned(), [span(3, 4)]);
+    }
+
+    #[test]
+    fn a_scan_that_panics_has_ended() {
+        let scans = Scans::default();
+        let panics = || {
+            let _scan = scans.begin();
+            panic!("in a callback");
+        };
+        catch_unwind(AssertUnwindSafe(panics)).unwrap_err();
+        assert_eq!(scans.count(), 2);
     }
 
     #[test]
