@@ -6,6 +6,8 @@ use crate::{PAGE, REPORTS, SetOnDrop, discard, pattern};
 use nix::libc::{EIO, ENOSPC};
 use pagestitch::source::{WritableFile, WritableSource};
 use pagestitch::{BuildOption, Chunk, Eager, ErrorKind, Pool, Region, SharedRegion, Source, WriteBack};
+use pagestitch_kernel::Errno;
+use pagestitch_testkit::deny::deny_copies;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use proptest::prelude::*;
@@ -130,9 +132,25 @@ fn a_flush_writes_neighbouring_dirty_pages_at_once_and_syncs() {
 /// A system call that writes changes bytes after the kernel has taken its record of the write.
 #[test]
 fn a_write_beside_a_flush_is_found_by_the_next_one() {
+    if !records_no_writes(this_test!()) {
+        write_beside_flushes();
+    }
+}
+
+/// As where a container's seccomp profile denies that call.
+#[test]
+fn a_write_beside_a_flush_without_process_vm_writev_is_found_by_the_next_one() {
     if records_no_writes(this_test!()) {
         return;
     }
+    let end = child::run(this_test!(), || {
+        deny_copies(Errno::EPERM);
+        write_beside_flushes();
+    });
+    end.expect_pass();
+}
+
+fn write_beside_flushes() {
     const PAGES: usize = 256;
     let (disk, is_over) = (Disk::of(&[0; PAGES * PAGE]), AtomicBool::new(false));
     let region = written_back([Chunk::writable(Arc::clone(&disk))]);
