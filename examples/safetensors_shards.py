@@ -1,7 +1,7 @@
 """One tensor out of many shard files, without reading the others.
 
 A header and the shards lie end to end in one region, which is itself a file of safetensors: `safetensors.deserialize`
-takes `bytes(shards.region)`. A tensor is a view of its bytes, so that only its pages are read.
+takes `bytes(shards.region)`. A tensor is a view of its bytes. Its pages are read when it is asked for, and no others.
 
     pip install ./crates/pagestitch-python numpy safetensors
     python examples/safetensors_shards.py model-00001.safetensors model-00002.safetensors ...
@@ -63,11 +63,13 @@ class Shards:
         self.tensors, pieces, header = arrange(shards, base)
         header = struct.pack("<Q", base - 8) + header.ljust(base - 8)
         self.region = pagestitch.Region([header, *pieces], name="shards")
-        self.bytes = numpy.frombuffer(self.region, dtype="u1")[base:]
+        self.base, self.bytes = base, numpy.frombuffer(self.region, dtype="u1")[base:]
 
     def __getitem__(self, name):
         tensor = self.tensors[name]
         start, end = tensor["data_offsets"]
+        # Touches would have the kernel read pages before and behind, too.
+        self.region.populate(self.base + start, end - start)
         return self.bytes[start:end].view(TYPES[tensor["dtype"]]).reshape(tensor["shape"])
 
 

@@ -1,6 +1,8 @@
 //! Files that do not change: their own pages as a slice, without a copy.
 
+use crate::bounded_corners::is_in_memory;
 use crate::{PAGE, pattern, reason};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use pagestitch::source::{Cached, FailureReason, ImmutableFile, Limited, Retrying, SharedFile};
 use pagestitch::{Chunk, Eager, ErrorKind, Inline, Method, PlanReason, Pool, Region, Retry};
 use pagestitch_kernel::{Features, Support};
@@ -207,6 +209,27 @@ fn populate_maps_the_pages_of_an_immutable_file() {
     });
     for folder in folders() {
         body.spawn(folder).wait().expect_pass();
+    }
+}
+
+/// Beside each range there is more than the kernel's readahead would read.
+#[test]
+fn populate_reads_no_page_of_an_immutable_file_outside_the_range() {
+    const PAGES: usize = (80 << 20) / PAGE;
+    let mut file = NamedTempFile::new_in(std::env::temp_dir()).unwrap();
+    (0..80).for_each(|part| file.write_all(&pattern(part, 1 << 20)).unwrap());
+    file.as_file().sync_all().unwrap();
+    for range in [5000..5001, 7000..7700, 6000..15_000] {
+        let region = Region::builder().chunk(open(file.path()).unwrap());
+        let region = region.build_shared(&Pool::new().unwrap()).unwrap();
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+        if !has_populate_read() || (0..PAGES).any(|page| is_in_memory(&region, page)) {
+            return println!("SKIPPED {}: the file stays in the page cache", this_test!());
+        }
+        region.populate((range.start * PAGE) as u64..(range.end * PAGE) as u64).unwrap();
+        let read: Vec<_> = (0..PAGES).filter(|&page| is_in_memory(&region, page)).collect();
+        assert!(range.clone().all(|page| read.binary_search(&page).is_ok()), "{range:?}");
+        assert_eq!(read.len(), range.len(), "{range:?}: {:?}", [read.first(), read.last()]);
     }
 }
 

@@ -175,6 +175,12 @@ impl Span {
         Self { first: self.first, pages: if pages < self.pages { pages } else { self.pages } }
     }
 
+    /// The last `pages` pages, or all of them if it has fewer.
+    #[must_use]
+    pub const fn suffix(self, pages: usize) -> Self {
+        self.without_prefix(self.pages.saturating_sub(pages))
+    }
+
     /// The rest without the first `pages` pages.
     #[must_use]
     pub const fn without_prefix(self, pages: usize) -> Self {
@@ -315,6 +321,7 @@ mod tests {
             let (head, tail) = (span.prefix(cut), span.without_prefix(cut));
             prop_assert_eq!(head.pages + tail.pages, pages);
             prop_assert_eq!(head.end(), tail.first);
+            prop_assert_eq!(span.suffix(pages.saturating_sub(cut)), tail);
         }
     }
 }

@@ -334,6 +334,21 @@ impl Reservation {
         Errno::result(answer).map(drop)
     }
 
+    /// Has the kernel begin to read pages of a file that are not in memory, and no others: a touch has it
+    /// read pages before and behind, too. A hint, whose failure changes nothing.
+    pub fn will_need(&self, span: Span) {
+        let mut rest = span;
+        while !rest.is_empty() {
+            let part = rest.prefix((WILL_NEED / self.page.bytes()).max(1));
+            let range = self.addresses(part);
+            // SAFETY: the range is inside an owned mapping, and the kernel changes no page of it.
+            #[expect(unsafe_code, reason = "madvise")]
+            let _ =
+                unsafe { libc::madvise(range.start() as *mut c_void, range.bytes(), libc::MADV_WILLNEED) };
+            rest = rest.without_prefix(part.pages);
+        }
+    }
+
     /// Drops the pages of a span: they are missing afterwards.
     ///
     /// # Errors
@@ -444,3 +459,6 @@ fn close(range: AddressRange) -> Result<(), Errno> {
 }
 
 const RESIDENCY_BATCH: usize = 1024;
+/// The bytes of one request to read ahead. The kernel cuts a longer one to the disk's largest request, or to
+/// its own readahead.
+const WILL_NEED: usize = 512 << 10;

@@ -116,8 +116,8 @@ def bytes_cached_by(tensor, expected, paths):
     return sum(cached(path) for path in paths)
 
 
-def test_the_example_reads_of_one_tensor_what_mmap_reads(example, tmp_path):
-    """That is the tensor, and the kernel's readahead around it, which differs from time to time."""
+def test_the_example_reads_one_tensor_and_nothing_around_it(example, tmp_path):
+    """A plain mmap reads what the kernel reads ahead, too."""
     wanted, paths = numpy.random.default_rng(2).standard_normal(LARGE, dtype="<f4"), []
     for shard in range(2):
         paths.append(tmp_path / f"{shard}.safetensors")
@@ -133,7 +133,7 @@ def test_the_example_reads_of_one_tensor_what_mmap_reads(example, tmp_path):
         shown = example.Shards(paths)
         by_example.append(bytes_cached_by(lambda: shown["1.1"], wanted, paths))
         del shown
-    assert wanted.nbytes <= min(by_example) <= 1.02 * min(by_mmap)
+    assert wanted.nbytes <= max(by_example) <= wanted.nbytes + 2 * BLOCK and max(by_example) <= min(by_mmap)
 
 
 def test_safetensors_reads_the_region_of_all_shards_as_one_file(example, shards):

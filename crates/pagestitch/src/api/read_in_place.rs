@@ -1,5 +1,5 @@
-//! Populates pages of immutable files that are mapped in place: reads them into the page cache, and
-//! maps them, so that a page that cannot be read is an error now and no signal later.
+//! Populates pages of immutable files that are mapped in place: reads them into the page cache, and no
+//! others, and maps them, so that a page that cannot be read is an error now and no signal later.
 
 use crate::api::AnyRegion;
 use crate::api::refused::refused;
@@ -29,6 +29,8 @@ impl AnyRegion {
 
     fn read_run(&self, reservation: &Reservation, run: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
         let page = self.served.page_size();
+        let edges = [run.prefix(BEFORE / page.bytes()), run.suffix(BEHIND / page.bytes())];
+        edges.into_iter().for_each(|edge| reservation.will_need(edge));
         let mut rest = run;
         while !rest.is_empty() && go_on() {
             let block = rest.prefix(HUGE / page.bytes());
@@ -54,3 +56,11 @@ fn is_immutable(backing: &Backing) -> bool {
         _ => false,
     }
 }
+
+/// The bytes at the start of a run that are read alone, because the kernel's readahead around the first
+/// page would read bytes before it: half of its window. The window is 128 KiB by default, and 8 MiB on some
+/// systems.
+const BEFORE: usize = 4 << 20;
+/// The bytes at the end of a run that are read alone, because the kernel's readahead would read bytes behind
+/// it: up to two windows.
+const BEHIND: usize = 16 << 20;
