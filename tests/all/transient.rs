@@ -2,6 +2,7 @@
 //! of the call that meets it, and no later call counts it as an ability that the kernel lacks.
 
 use crate::{PAGE, own_memory};
+use nix::libc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pagestitch::{ErrorKind, Pool, Region, Support, best_server};
 use pagestitch_firecracker::{Error, Handler, Snapshot};
@@ -14,12 +15,11 @@ use pagestitch_testkit::deny::{
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
-use userfaultfd::UffdBuilder;
 
 /// Calls `act` while no descriptor is free.
 pub(crate) fn without_descriptors<R>(act: impl FnOnce() -> R) -> R {
@@ -49,9 +49,26 @@ fn where_denied<R: Send>(deny: impl FnOnce() + Send, act: impl FnOnce() -> R + S
 /// A userfaultfd of this process that this library has not opened, so that it knows no answer of the
 /// kernel yet.
 fn opened_elsewhere() -> OwnedFd {
-    let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(true).create();
-    uffd.unwrap().as_fd().try_clone_to_owned().unwrap()
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+    // SAFETY: userfaultfd(2) takes flags by value and touches no memory.
+    #[expect(unsafe_code, reason = "the program opens a userfaultfd")]
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
+    assert!(fd >= 0, "{}", io::Error::last_os_error());
+    // SAFETY: the kernel has just made this descriptor for this process, and nothing else owns it.
+    #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // The version, the features, and the operations that the kernel writes.
+    let mut handshake = [0xaa_u64, 0, 0];
+    // SAFETY: the kernel reads and writes three words.
+    #[expect(unsafe_code, reason = "the program makes the handshake")]
+    let answer = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, handshake.as_mut_ptr()) };
+    assert_eq!(answer, 0, "{}", io::Error::last_os_error());
+    fd
 }
+
+/// `UFFD_USER_MODE_ONLY`, which any user may open.
+const USER_MODE_ONLY: i32 = 1;
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 
 /// True where this process opens userfaultfds through the device, so that it needs no system call.
 fn has_device() -> bool {
@@ -127,6 +144,7 @@ fn a_prepared_adoption_takes_no_descriptor() {
                 fd_passing::send(&theirs, &[0], &[opened_elsewhere().as_fd()]).unwrap();
                 i32::from((&theirs).read(&mut [0]).unwrap() != 1)
             });
+            drop(theirs);
             let fd = fd_passing::receive(&ours, &mut [0]).unwrap().1.pop().unwrap();
             if case == "denied" {
                 deny_userfaultfd(Errno::EPERM);
