@@ -108,7 +108,9 @@ class Region:
     def write_at(self, offset: int, data: bytes) -> None:
         """Writes bytes from `offset` on, if the region is writable."""
     def populate(self, offset: int = 0, length: int | None = None) -> None:
-        """Fills the absent pages of a range. Other threads run meanwhile. Pages whose source has failed before are tried again."""
+        """Fills the absent pages of a range. Other threads run meanwhile. Pages whose source has failed before are tried again.
+
+        Of files in place, it reads the pages of the range from the disk, and no others."""
     def prefetch(self, offset: int = 0, length: int | None = None) -> None:
         """Asks the server to fill the absent pages of a range, and does not wait. Chunks that Python code reads need `populate`."""
     def plan(self) -> str:

@@ -4,7 +4,7 @@ use crate::bounded_corners::is_in_memory;
 use crate::{PAGE, pattern, reason};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use pagestitch::source::{Cached, FailureReason, ImmutableFile, Limited, Retrying, SharedFile};
-use pagestitch::{Chunk, Eager, ErrorKind, Inline, Method, PlanReason, Pool, Region, Retry};
+use pagestitch::{Access, Chunk, Eager, ErrorKind, Inline, Method, PlanReason, Pool, Region, Retry};
 use pagestitch_kernel::{Features, Support};
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
@@ -182,6 +182,21 @@ fn a_truncated_immutable_file_is_an_error_of_read_at_and_sigbus_for_a_touch() {
     }
 }
 
+#[test]
+fn populate_of_a_truncated_shared_file_is_an_error() {
+    if !has_populate_read() {
+        return println!("SKIPPED: the kernel does not populate mappings of files");
+    }
+    let file = file_in(&std::env::temp_dir(), &pattern(6, 3 * PAGE));
+    let region = Region::builder().chunk(SharedFile::open(file.path(), Access::ReadOnly).unwrap());
+    let region = region.build_shared(&Pool::new().unwrap()).unwrap();
+    region.populate(..).unwrap();
+    file.as_file().set_len(PAGE as u64).unwrap();
+    region.populate(..PAGE as u64).unwrap();
+    let error = region.populate(..).unwrap_err();
+    assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Truncated));
+}
+
 /// True since Linux 5.14, which can read pages of a mapping on request.
 fn has_populate_read() -> bool {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
@@ -214,14 +229,19 @@ fn populate_maps_the_pages_of_an_immutable_file() {
 
 /// Beside each range there is more than the kernel's readahead would read.
 #[test]
-fn populate_reads_no_page_of_an_immutable_file_outside_the_range() {
+fn populate_reads_no_page_of_a_file_in_place_outside_the_range() {
     const PAGES: usize = (80 << 20) / PAGE;
     let mut file = NamedTempFile::new_in(std::env::temp_dir()).unwrap();
     (0..80).for_each(|part| file.write_all(&pattern(part, 1 << 20)).unwrap());
     file.as_file().sync_all().unwrap();
     for range in [5000..5001, 7000..7700, 6000..15_000] {
-        let region = Region::builder().chunk(open(file.path()).unwrap());
-        let region = region.build_shared(&Pool::new().unwrap()).unwrap();
+        let shared = || Arc::new(SharedFile::open(file.path(), Access::ReadOnly).unwrap());
+        let chunk = match range.len() {
+            1 => Chunk::from(shared()),
+            700 => Chunk::copy_on_write(shared()),
+            _ => Chunk::from(open(file.path()).unwrap()),
+        };
+        let region = Region::builder().chunk(chunk).build_shared(&Pool::new().unwrap()).unwrap();
         posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
         if !has_populate_read() || (0..PAGES).any(|page| is_in_memory(&region, page)) {
             return println!("SKIPPED {}: the file stays in the page cache", this_test!());

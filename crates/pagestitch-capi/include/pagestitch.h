@@ -9,8 +9,7 @@
  * running; but a manual one must be freed after them.
  *
  * A touch of a page whose bytes cannot be had raises SIGBUS: ps_region_read() returns an error instead. So does
- * ps_region_populate(), except for pages of a file in place, which it does not read. In a child of fork(2), the
- * addresses of a region are inaccessible.
+ * ps_region_populate(). In a child of fork(2), the addresses of a region are inaccessible.
  *
  * A callback is a function of the program that the library calls. It must not leave by longjmp(), pthread_exit() or an
  * exception, nor touch a region that the same server fills: it would wait for itself. It may call ps_region_data(),
@@ -319,8 +318,8 @@ int ps_region_read(const ps_region *region, uint64_t offset, void *into, size_t 
 int ps_region_write(ps_region *region, uint64_t offset, const void *from, size_t bytes);
 
 // Fills the absent pages of a range, in this thread; more threads of the library help with a large one. An error if
-// bytes cannot be had; but the pages of a file in place are mapped, and not read: if the file is truncated, only
-// ps_region_read() tells. `bytes` may be PS_TO_END.
+// bytes cannot be had. Of files in place, it reads the pages of the range from the disk, and no others. `bytes` may be
+// PS_TO_END.
 int ps_region_populate(const ps_region *region,
                        uint64_t offset,
                        uint64_t bytes);

@@ -132,8 +132,8 @@ pub extern "C" fn ps_region_write(
 }
 
 /// Fills the absent pages of a range, in this thread; more threads of the library help with a large one. An error if
-/// bytes cannot be had; but the pages of a file in place are mapped, and not read: if the file is truncated, only
-/// ps_region_read() tells. `bytes` may be PS_TO_END.
+/// bytes cannot be had. Of files in place, it reads the pages of the range from the disk, and no others. `bytes` may be
+/// PS_TO_END.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_populate(region: *const Region, offset: u64, bytes: u64) -> c_int {
     call::status("ps_region_populate", || {

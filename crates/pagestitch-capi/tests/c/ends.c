@@ -47,9 +47,9 @@ static void files_of(ps_server *server) {
     FAILS(ps_region_populate(region, 0, PS_TO_END), PS_SOURCE_FAILED, path);
     FAILS(ps_region_read(region, 2 * PAGE, bytes, 10), PS_SOURCE_FAILED, path);
     OK(ps_region_free(region));
-    /* Pages in place are mapped, and not read: only a read tells. */
     region = truncated(server, 1);
-    OK(ps_region_populate(region, 0, PS_TO_END));
+    OK(ps_region_populate(region, 0, PAGE));
+    FAILS(ps_region_populate(region, 0, PS_TO_END), PS_SOURCE_FAILED, path);
     OK(ps_region_read(region, 0, bytes, 10));
     FAILS(ps_region_read(region, 2 * PAGE, bytes, 10), PS_SOURCE_FAILED, path);
     OK(ps_region_free(region));

@@ -143,9 +143,9 @@ impl AnyRegion {
     /// Fills the absent pages of a range of byte offsets, on the calling thread. In adopted memory,
     /// pages that the owner has discarded stay absent.
     ///
-    /// Pages of [immutable files](crate::source::ImmutableFile) that are mapped in place are read from
-    /// the disk and mapped (Linux 5.14), as by `MAP_POPULATE`, and an unreadable one is an error. No page
-    /// outside of the range is read, where a touch would have the kernel read ahead.
+    /// Pages of files that are mapped in place are read from the disk and mapped (Linux 5.14), as by
+    /// `MAP_POPULATE`, and an unreadable one is an error. No page outside of the range is read, where a touch
+    /// would have the kernel read ahead.
     ///
     /// # Errors
     ///

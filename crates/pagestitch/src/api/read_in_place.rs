@@ -1,10 +1,10 @@
-//! Populates pages of immutable files that are mapped in place: reads them into the page cache, and no
+//! Populates pages of files that are mapped in place: reads them into the page cache, and no
 //! others, and maps them, so that a page that cannot be read is an error now and no signal later.
 
 use crate::api::AnyRegion;
 use crate::api::refused::refused;
 use crate::error::Error;
-use crate::source::Backing;
+use crate::source::{Backing, Shared};
 use crate::space::Target;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, Reservation, Span};
@@ -19,7 +19,7 @@ impl AnyRegion {
                 rest = rest.without_prefix(self.served.in_place.next_gap(rest).pages.max(1));
                 continue;
             };
-            if is_immutable(self.served.layout.backing_of(run.chunk)) {
+            if is_file(self.served.layout.backing_of(run.chunk)) {
                 self.read_run(reservation, rest.prefix(pages), go_on)?;
             }
             rest = rest.without_prefix(pages);
@@ -49,10 +49,10 @@ impl AnyRegion {
     }
 }
 
-fn is_immutable(backing: &Backing) -> bool {
+fn is_file(backing: &Backing) -> bool {
     match backing {
-        Backing::Immutable(_) => true,
-        Backing::Mapped(mapped) => mapped.grounds().is_some(),
+        Backing::Immutable(_) | Backing::Shared(Shared::File(..)) => true,
+        Backing::Mapped(mapped) => mapped.is_file(),
         _ => false,
     }
 }

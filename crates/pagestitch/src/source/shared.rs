@@ -127,6 +127,11 @@ impl Mapped {
         }
     }
 
+    /// True for a file, which may be on a disk.
+    pub(crate) const fn is_file(&self) -> bool {
+        matches!(self.kind, MappedKind::Shared(_) | MappedKind::Immutable(_))
+    }
+
     /// True if a write to the mapping is one to the source.
     pub(super) const fn is_shared_in_place(&self) -> bool {
         matches!(self.kind, MappedKind::Shared(Sharing::Shared))
