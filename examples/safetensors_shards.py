@@ -1,7 +1,8 @@
 """One tensor out of many shard files, without reading the others.
 
 A header and the shards lie end to end in one region, which is itself a file of safetensors: `safetensors.deserialize`
-takes `bytes(shards.region)`. A tensor is a view of its bytes. Its pages are read when it is asked for, and no others.
+takes `bytes(shards.region)`. A tensor is a view of its bytes. Its pages are read when it is asked for or touched, and no
+others.
 
     pip install ./crates/pagestitch-python numpy safetensors
     python examples/safetensors_shards.py model-00001.safetensors model-00002.safetensors ...
@@ -68,8 +69,8 @@ class Shards:
     def __getitem__(self, name):
         tensor = self.tensors[name]
         start, end = tensor["data_offsets"]
-        # Touches would have the kernel read pages before and behind, too.
-        self.region.populate(self.base + start, end - start)
+        # Touches alone would have the kernel read pages before and behind, too.
+        self.region.prefetch(self.base + start, end - start)
         return self.bytes[start:end].view(TYPES[tensor["dtype"]]).reshape(tensor["shape"])
 
 

@@ -229,12 +229,14 @@ fn populate_maps_the_pages_of_an_immutable_file() {
 
 /// Beside each range there is more than the kernel's readahead would read.
 #[test]
-fn populate_reads_no_page_of_a_file_in_place_outside_the_range() {
+fn no_page_of_a_file_in_place_is_read_outside_of_a_populated_or_prefetched_range() {
     const PAGES: usize = (80 << 20) / PAGE;
     let mut file = NamedTempFile::new_in(std::env::temp_dir()).unwrap();
     (0..80).for_each(|part| file.write_all(&pattern(part, 1 << 20)).unwrap());
     file.as_file().sync_all().unwrap();
-    for range in [5000..5001, 7000..7700, 6000..15_000] {
+    for (range, prefetches) in
+        [(5000..5001, false), (7000..7700, true), (6000..15_000, false), (5000..14_000, true)]
+    {
         let shared = || Arc::new(SharedFile::open(file.path(), Access::ReadOnly).unwrap());
         let chunk = match range.len() {
             1 => Chunk::from(shared()),
@@ -246,7 +248,13 @@ fn populate_reads_no_page_of_a_file_in_place_outside_the_range() {
         if !has_populate_read() || (0..PAGES).any(|page| is_in_memory(&region, page)) {
             return println!("SKIPPED {}: the file stays in the page cache", this_test!());
         }
-        region.populate((range.start * PAGE) as u64..(range.end * PAGE) as u64).unwrap();
+        let bytes = (range.start * PAGE) as u64..(range.end * PAGE) as u64;
+        if prefetches {
+            region.prefetch(bytes).unwrap().wait();
+            range.clone().for_each(|page| region.read_at((page * PAGE) as u64, &mut [0]).unwrap());
+        } else {
+            region.populate(bytes).unwrap();
+        }
         let read: Vec<_> = (0..PAGES).filter(|&page| is_in_memory(&region, page)).collect();
         assert!(range.clone().all(|page| read.binary_search(&page).is_ok()), "{range:?}");
         assert_eq!(read.len(), range.len(), "{range:?}: {:?}", [read.first(), read.last()]);

@@ -240,6 +240,9 @@ impl AnyRegion {
     ///   [`granularity`](crate::Source::granularity) are filled.
     /// * **Asynchronous sources** ([`Fetch`](crate::source::Fetch)) get 16 requests of a prefetch at
     ///   once, below the limits of the pool and the region, and no worker waits for them.
+    /// * **Files in place**: the kernel begins to read the first 4 MiB and the last 16 MiB that are not in
+    ///   memory. Its readahead for later touches, in their order, reads the rest, and no page outside of the
+    ///   range.
     /// * **Recordings** ([`record`](crate::Builder::record)) have no touch of a page that is filled
     ///   ahead.
     ///
@@ -259,8 +262,11 @@ impl AnyRegion {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn prefetch(&self, range: impl RangeBounds<u64>) -> Result<PrefetchHandle, Error> {
-        let span = self.served.with_read_units(self.span(range)?);
-        self.start("prefetch", PrefetchJob::new(span, self.block_pages()))
+        let span = self.span(range)?;
+        let units = self.served.with_read_units(span);
+        let job = self.start("prefetch", PrefetchJob::new(units, self.block_pages()))?;
+        self.begin_to_read_in_place(span);
+        Ok(job)
     }
 
     /// Has the server fill all absent pages while no fault waits, in the order of their addresses, and

@@ -12,6 +12,29 @@ use pagestitch_kernel::{Errno, Reservation, Span};
 impl AnyRegion {
     /// Reads the pages of a span that are mapped in place, until `go_on` returns false.
     pub(super) fn read_in_place(&self, span: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
+        self.each_file_run(span, |reservation, run| {
+            self.edges(run).into_iter().for_each(|edge| reservation.will_need(edge));
+            self.read_run(reservation, run, go_on)
+        })
+    }
+
+    /// Has the kernel begin to read the edges of files in place, so that touches of a span in its order read
+    /// no page outside of it. Edges that the page cache has are passed over, which takes few system calls.
+    pub(super) fn begin_to_read_in_place(&self, span: Span) {
+        let begun = self.each_file_run(span, |reservation, run| {
+            let absent = |edge: &Span| !edge.is_empty() && !has_ends(reservation, *edge);
+            self.edges(run).into_iter().filter(absent).for_each(|edge| reservation.will_need(edge));
+            Ok(())
+        });
+        debug_assert!(begun.is_ok(), "no run fails");
+    }
+
+    /// Calls `each` with the runs of a span that are mapped in place from files.
+    fn each_file_run(
+        &self,
+        span: Span,
+        mut each: impl FnMut(&Reservation, Span) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let Target::Owned(reservation) = &self.served.target else { return Ok(()) };
         let mut rest = span;
         while !rest.is_empty() {
@@ -20,17 +43,21 @@ impl AnyRegion {
                 continue;
             };
             if is_file(self.served.layout.backing_of(run.chunk)) {
-                self.read_run(reservation, rest.prefix(pages), go_on)?;
+                each(reservation, rest.prefix(pages))?;
             }
             rest = rest.without_prefix(pages);
         }
         Ok(())
     }
 
+    /// The pages of a run that are read alone.
+    fn edges(&self, run: Span) -> [Span; 2] {
+        let page = self.served.page_size().bytes();
+        [run.prefix(BEFORE / page), run.suffix(BEHIND / page)]
+    }
+
     fn read_run(&self, reservation: &Reservation, run: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
         let page = self.served.page_size();
-        let edges = [run.prefix(BEFORE / page.bytes()), run.suffix(BEHIND / page.bytes())];
-        edges.into_iter().for_each(|edge| reservation.will_need(edge));
         let mut rest = run;
         while !rest.is_empty() && go_on() {
             let block = rest.prefix(HUGE / page.bytes());
@@ -47,6 +74,14 @@ impl AnyRegion {
         }
         Ok(())
     }
+}
+
+/// True if the page cache has the first and the last page of a span, or if the kernel does not tell.
+fn has_ends(reservation: &Reservation, span: Span) -> bool {
+    let mut has = true;
+    let mut ask = |page: Span| reservation.in_memory(page, |_, here| has &= here).is_ok();
+    let told = ask(span.prefix(1)) && ask(span.suffix(1));
+    has || !told
 }
 
 fn is_file(backing: &Backing) -> bool {
