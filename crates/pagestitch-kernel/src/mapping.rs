@@ -99,6 +99,27 @@ impl OwnedMapping {
         Ok(Self::at_address(start, bytes, generation))
     }
 
+    /// Unmaps all but the last `pages` pages.
+    ///
+    /// # Panics
+    ///
+    /// If the mapping has not more pages.
+    pub(crate) fn into_last(self, pages: NonZeroUsize) -> Result<Self, Errno> {
+        let addresses = self.addresses();
+        let bytes = NonZeroUsize::new(pages.get() * PageSize::system().bytes()).expect("pages have bytes");
+        assert!(bytes.get() < addresses.len(), "{pages} pages of a mapping of {} bytes", addresses.len());
+        let whole = ManuallyDrop::new(self);
+        let start = whole.at(addresses.len() - bytes.get());
+        // SAFETY: whole pages of the owned mapping. No reference to its bytes outlives it.
+        #[expect(unsafe_code, reason = "munmap")]
+        let unmapped = unsafe { munmap(whole.start, addresses.len() - bytes.get()) }.map_err(Errno::of);
+        if let Err(errno) = unmapped {
+            drop(ManuallyDrop::into_inner(whole));
+            return Err(errno);
+        }
+        Ok(Self::at_address(start, bytes, whole.generation))
+    }
+
     /// Opens the whole mapping to accesses. `ENOMEM` if the kernel counts writable memory and the
     /// mapping exceeds the limit (`RLIMIT_DATA`, `vm.overcommit_memory=2`).
     pub(crate) fn open(&self, protection: ProtFlags) -> Result<(), Errno> {

@@ -181,9 +181,12 @@ impl Probe {
     }
 }
 
+/// A page that grows downwards. Two pages below it are mapped first, because the kernel may have no more than
+/// one page of free addresses at the place that it chooses; it keeps free addresses below such a page free.
 fn growing() -> Result<OwnedMapping, Errno> {
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_ANONYMOUS | MapFlags::from_bits_retain(MAP_GROWSDOWN);
-    OwnedMapping::anonymous(page(), ProtFlags::PROT_NONE, flags)
+    let bytes = NonZeroUsize::new(3 * PageSize::system().bytes()).expect("pages have bytes");
+    OwnedMapping::anonymous(bytes, ProtFlags::PROT_NONE, flags)?.into_last(NonZeroUsize::MIN)
 }
 
 fn read_only() -> Result<OwnedMapping, Errno> {
@@ -258,6 +261,48 @@ mod tests {
                 assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
             }
         }
+    }
+
+    #[test]
+    fn nothing_is_mapped_at_the_address_that_a_probe_takes_for_free_beside_a_gap_of_one_page() {
+        // SAFETY: the child has its own copy of this process's memory, and ends below.
+        #[expect(unsafe_code, reason = "a process in which no other thread maps memory")]
+        let forked = unsafe { fork() }.unwrap();
+        match forked {
+            ForkResult::Child => {
+                let code = i32::from(!leaves_a_hole_beside_a_gap().is_ok_and(|leaves| leaves));
+                // SAFETY: ends the child.
+                #[expect(unsafe_code, reason = "no destructor of the parent's runs in the child")]
+                unsafe {
+                    nix::libc::_exit(code)
+                }
+            }
+            ForkResult::Parent { child } => {
+                assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
+            }
+        }
+    }
+
+    /// The child: maps pages until they lie one below the other, because the kernel takes the highest gap
+    /// that is large enough, and then makes a gap of one page among them.
+    fn leaves_a_hole_beside_a_gap() -> Result<bool, Errno> {
+        let mut pages = Vec::with_capacity(10_000);
+        let start = |page: &OwnedMapping| page.start().addr().get();
+        let size = PageSize::system().bytes();
+        let is_stacked = |pages: &[OwnedMapping]| {
+            let last = pages.last_chunk::<4>();
+            last.is_some_and(|last| last.windows(2).all(|two| start(&two[0]) == start(&two[1]) + size))
+        };
+        while !(pages.len() > 100 && is_stacked(&pages)) && pages.len() < pages.capacity() {
+            let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_ANONYMOUS;
+            pages.push(OwnedMapping::anonymous(page(), ProtFlags::PROT_READ, flags)?);
+        }
+        drop(pages.remove(pages.len() - 3));
+        let hole = Probe::new()?.hole().start();
+        let maps = std::fs::read_to_string("/proc/self/maps").map_err(Errno::of)?;
+        let address = |hex: &str| usize::from_str_radix(hex, 16).expect("an address");
+        let mut ranges = maps.lines().filter_map(|line| line.split_once(' ')?.0.split_once('-'));
+        Ok(!ranges.any(|(start, end)| (address(start)..address(end)).contains(&hole)))
     }
 
     /// The child: registers a page at this address, and asks after the question of the parent
