@@ -174,14 +174,14 @@ fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
                     until(|| budget.evictions() > before + 100 || is_over.load(Ordering::Relaxed));
                 }
             });
-            let shadow = write_and_verify(&region, threads, rounds(9_000) as usize / threads);
+            let shadow = write_and_verify(&region, threads, 9_000 / threads);
             is_over.store(true, Ordering::Relaxed);
             flusher.join().unwrap();
             shadow
         });
         let metrics = budget.metrics();
-        assert!(metrics.evictions > rounds(1_000) && metrics.write_backs > rounds(500), "{metrics:?}");
-        assert!(metrics.refaults > rounds(500), "{metrics:?}");
+        assert!(metrics.evictions > 1_000 && metrics.write_backs > 500, "{metrics:?}");
+        assert!(metrics.refaults > 500, "{metrics:?}");
         assert_eq!(metrics.write_failures, 0);
         region.finish().unwrap();
         for (page, expected) in shadow.iter().enumerate() {
@@ -263,7 +263,7 @@ fn no_write_is_lost_while_the_source_fails_now_and_then() {
                 }
             }
         });
-        let shadow = write_and_verify(&region, 2, rounds(3_000) as usize);
+        let shadow = write_and_verify(&region, 2, 3_000);
         is_over.store(true, Ordering::Relaxed);
         saboteur.join().unwrap();
         shadow
