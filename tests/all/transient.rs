@@ -10,7 +10,7 @@ use pagestitch_kernel::capabilities::Verdict;
 use pagestitch_kernel::uffd::{AdoptError, FaultMode};
 use pagestitch_kernel::{Errno, Features, Uffd, fd_passing};
 use pagestitch_testkit::deny::{
-    deny_kernel_faults, deny_memfds, deny_pidfds, deny_userfaultfd, deny_userfaultfd_call,
+    deny_copies, deny_kernel_faults, deny_memfds, deny_pidfds, deny_userfaultfd, deny_userfaultfd_call,
 };
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::{child, this_test};
@@ -44,6 +44,26 @@ fn where_denied<R: Send>(deny: impl FnOnce() + Send, act: impl FnOnce() -> R + S
         act()
     };
     thread::scope(|scope| scope.spawn(denied).join().unwrap())
+}
+
+#[test]
+fn a_lack_of_descriptors_for_the_fallback_of_a_copy_is_no_refusal() {
+    let end = child::run(this_test!(), || {
+        let region = Region::builder().chunk(vec![1u8; PAGE]).writable();
+        let region = region.build_shared(&Pool::new().unwrap()).unwrap();
+        region.populate(..).unwrap();
+        where_denied(
+            || deny_copies(Errno::EPERM),
+            || {
+                let answers = without_descriptors(|| [region.write_at(0, &[2]), region.read_at(0, &mut [0])]);
+                for error in answers.map(Result::unwrap_err) {
+                    assert_eq!(error.raw_os_error(), Some(libc::EMFILE), "{error}");
+                }
+                region.write_at(0, &[2]).unwrap();
+            },
+        );
+    });
+    end.expect_pass();
 }
 
 /// A userfaultfd of this process that this library has not opened, so that it knows no answer of the

@@ -61,7 +61,8 @@ pub(crate) fn write(mapping: &OwnedMapping, offset: u64, from: &[u8]) -> Result<
 /// are in the frame, and it ignores the protection of the page.
 #[cold]
 fn store_through_pipe(to: NonNull<c_void>, from: &[u8], refused: Errno) -> Result<(), Errno> {
-    let (output, input) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|_| refused)?;
+    let (output, input) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+        .map_err(|errno| of_fallback(Errno::of(errno), refused))?;
     let (mut to, mut rest) = (to.as_ptr(), from);
     while !rest.is_empty() {
         // As many bytes as the pipe has room for.
@@ -84,8 +85,14 @@ fn store_through_pipe(to: NonNull<c_void>, from: &[u8], refused: Errno) -> Resul
 /// The fallback for containers whose seccomp profile forbids `process_vm_readv(2)`, which has
 /// answered `refused`.
 fn read_through_file(address: usize, into: &mut [u8], refused: Errno) -> Result<(), Errno> {
-    let memory = File::open(OWN_MEMORY).map_err(|_| refused)?;
+    let memory = File::open(OWN_MEMORY).map_err(|error| of_fallback(Errno::of(error), refused))?;
     memory.read_exact_at(into, address as u64).map_err(|_| Errno::EFAULT)
+}
+
+/// The error where the fallback of a refused call fails: a lack of descriptors or memory has another remedy
+/// than the refusal.
+fn of_fallback(errno: Errno, refused: Errno) -> Errno {
+    if errno.is_transient() { errno } else { refused }
 }
 
 fn remote(mapping: &OwnedMapping, offset: u64, done: usize, len: usize) -> RemoteIoVec {

@@ -99,6 +99,12 @@ impl StableFile {
         self.file.identity()
     }
 
+    /// As [`SharedFile::shows_residency`].
+    #[must_use]
+    pub const fn shows_residency(&self) -> bool {
+        self.file.shows_residency()
+    }
+
     /// As [`SharedFile::granule`].
     #[must_use]
     pub const fn granule(&self) -> PageSize {

@@ -19,6 +19,8 @@ use std::sync::Mutex;
 pub(crate) struct Inode {
     mode: libc::mode_t,
     pub(crate) len: u64,
+    /// The user that owns it.
+    pub(crate) owner: u32,
     /// The numbers of its device and of the inode.
     pub(crate) identity: (u64, u64),
     mount: Option<u64>,
@@ -32,7 +34,8 @@ impl Inode {
         }
         let metadata = file.metadata()?;
         let identity = (metadata.dev(), metadata.ino());
-        Ok(Self { mode: metadata.mode(), len: metadata.len(), identity, mount: None })
+        let (mode, len, owner) = (metadata.mode(), metadata.len(), metadata.uid());
+        Ok(Self { mode, len, owner, identity, mount: None })
     }
 
     /// The type of the inode: `S_IFREG` for a regular file.
@@ -91,6 +94,7 @@ fn with_mount(file: &File) -> Option<Inode> {
     (done == 0 && answer.stx_mask & wanted == wanted).then(|| Inode {
         mode: libc::mode_t::from(answer.stx_mode),
         len: answer.stx_size,
+        owner: answer.stx_uid,
         identity: (libc::makedev(answer.stx_dev_major, answer.stx_dev_minor), answer.stx_ino),
         mount: Some(answer.stx_mnt_id),
     })

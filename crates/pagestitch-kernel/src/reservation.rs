@@ -459,6 +459,6 @@ fn close(range: AddressRange) -> Result<(), Errno> {
 }
 
 const RESIDENCY_BATCH: usize = 1024;
-/// The bytes of one request to read ahead. The kernel cuts a longer one to the disk's largest request, or to
-/// its own readahead.
-const WILL_NEED: usize = 512 << 10;
+/// The bytes of one request to read ahead: the kernel's default. It cuts a longer one to the disk's largest
+/// request, or to its own readahead.
+const WILL_NEED: usize = 128 << 10;

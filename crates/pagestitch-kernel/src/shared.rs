@@ -15,7 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_void};
 use nix::sys::mman::ProtFlags;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
-use nix::unistd::{Whence, lseek};
+use nix::unistd::{Whence, geteuid, lseek};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -34,6 +34,7 @@ pub struct SharedFile {
     /// True if its file system maps all files, so that a mapping of this one cannot be refused.
     surely_maps: bool,
     identity: (u64, u64),
+    shows_residency: bool,
 }
 
 impl SharedFile {
@@ -63,7 +64,7 @@ impl SharedFile {
             return refuse(why);
         }
         let system = inode.file_system(&file)?;
-        let Inode { len, identity, .. } = inode;
+        let Inode { len, owner, identity, .. } = inode;
         if len == 0 {
             return refuse(match system.is_proc {
                 true => "a file of /proc has no length and cannot be mapped: copy its bytes into memory",
@@ -72,7 +73,8 @@ impl SharedFile {
         }
         let writable = access_of(&file)? == Access::Writable;
         let FileSystem { granule, maps_all_files: surely_maps, .. } = system;
-        Ok(Self { file, len, writable, granule, surely_maps, identity })
+        let shows_residency = writable || owner == geteuid().as_raw();
+        Ok(Self { file, len, writable, granule, surely_maps, identity, shows_residency })
     }
 
     /// The number of bytes that it had when it was taken.
@@ -103,6 +105,13 @@ impl SharedFile {
     /// True if the kernel does not refuse to map it.
     pub(crate) const fn surely_maps(&self) -> bool {
         self.surely_maps
+    }
+
+    /// True if the kernel tells this process which pages are in memory (`mincore(2)`). It calls all pages of a
+    /// file resident that the process neither owns nor may write.
+    #[must_use]
+    pub const fn shows_residency(&self) -> bool {
+        self.shows_residency
     }
 
     /// The numbers of its device and its inode, which no other file has at the same time.

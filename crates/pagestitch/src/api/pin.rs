@@ -10,8 +10,8 @@ impl AnyRegion {
     /// room for them. Returns the number of bytes that have left. No byte changes: a page comes back when it
     /// is touched.
     ///
-    /// Pages that only reach into the range leave, too. They wait on the standby list like other pages that
-    /// leave, so that a touch soon after needs no read. Pages that are [pinned](Self::pin), locked
+    /// Pages that only reach into the range leave, too. They wait on the standby list, so that a touch
+    /// soon after needs no read. Pages that are [pinned](Self::pin), locked
     /// (`mlock(2)`), or being filled stay. Pages of a file or memfd that are shown in place take no memory
     /// of the region, and none of them leaves.
     ///

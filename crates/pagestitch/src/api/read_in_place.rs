@@ -12,7 +12,10 @@ use pagestitch_kernel::{Errno, Reservation, Span};
 impl AnyRegion {
     /// Reads the pages of a span that are mapped in place, until `go_on` returns false.
     pub(super) fn read_in_place(&self, span: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
-        self.each_file_run(span, |reservation, run| {
+        self.each_file_run(span, |reservation, run, _| {
+            if !go_on() {
+                return Ok(());
+            }
             self.edges(run).into_iter().for_each(|edge| reservation.will_need(edge));
             self.read_run(reservation, run, go_on)
         })
@@ -21,19 +24,20 @@ impl AnyRegion {
     /// Has the kernel begin to read the edges of files in place, so that touches of a span in its order read
     /// no page outside of it. Edges that the page cache has are passed over, which takes few system calls.
     pub(super) fn begin_to_read_in_place(&self, span: Span) {
-        let begun = self.each_file_run(span, |reservation, run| {
-            let absent = |edge: &Span| !edge.is_empty() && !has_ends(reservation, *edge);
-            self.edges(run).into_iter().filter(absent).for_each(|edge| reservation.will_need(edge));
+        let begun = self.each_file_run(span, |reservation, run, shows_residency| {
+            let is_needed = |edge: &Span| !shows_residency || !has_all(reservation, *edge);
+            self.edges(run).into_iter().filter(is_needed).for_each(|edge| reservation.will_need(edge));
             Ok(())
         });
         debug_assert!(begun.is_ok(), "no run fails");
     }
 
-    /// Calls `each` with the runs of a span that are mapped in place from files.
+    /// Calls `each` with the runs of a span that are mapped in place from files, and whether the kernel tells
+    /// which of their pages are in memory.
     fn each_file_run(
         &self,
         span: Span,
-        mut each: impl FnMut(&Reservation, Span) -> Result<(), Error>,
+        mut each: impl FnMut(&Reservation, Span, bool) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let Target::Owned(reservation) = &self.served.target else { return Ok(()) };
         let mut rest = span;
@@ -42,8 +46,8 @@ impl AnyRegion {
                 rest = rest.without_prefix(self.served.in_place.next_gap(rest).pages.max(1));
                 continue;
             };
-            if is_file(self.served.layout.backing_of(run.chunk)) {
-                each(reservation, rest.prefix(pages))?;
+            if let Some(shows_residency) = file_shows_residency(self.served.layout.backing_of(run.chunk)) {
+                each(reservation, rest.prefix(pages), shows_residency)?;
             }
             rest = rest.without_prefix(pages);
         }
@@ -52,8 +56,8 @@ impl AnyRegion {
 
     /// The pages of a run that are read alone.
     fn edges(&self, run: Span) -> [Span; 2] {
-        let page = self.served.page_size().bytes();
-        [run.prefix(BEFORE / page), run.suffix(BEHIND / page)]
+        let (page, before) = (self.served.page_size().bytes(), BEFORE / self.served.page_size().bytes());
+        [run.prefix(before), run.without_prefix(before).suffix(BEHIND / page)]
     }
 
     fn read_run(&self, reservation: &Reservation, run: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
@@ -76,19 +80,19 @@ impl AnyRegion {
     }
 }
 
-/// True if the page cache has the first and the last page of a span, or if the kernel does not tell.
-fn has_ends(reservation: &Reservation, span: Span) -> bool {
+/// True if the page cache has all pages of a span.
+fn has_all(reservation: &Reservation, span: Span) -> bool {
     let mut has = true;
-    let mut ask = |page: Span| reservation.in_memory(page, |_, here| has &= here).is_ok();
-    let told = ask(span.prefix(1)) && ask(span.suffix(1));
-    has || !told
+    reservation.in_memory(span, |_, here| has &= here).is_ok() && has
 }
 
-fn is_file(backing: &Backing) -> bool {
+/// For a file, whether the kernel tells which of its pages are in memory.
+fn file_shows_residency(backing: &Backing) -> Option<bool> {
     match backing {
-        Backing::Immutable(_) | Backing::Shared(Shared::File(..)) => true,
-        Backing::Mapped(mapped) => mapped.is_file(),
-        _ => false,
+        Backing::Immutable(file) => Some(file.stable().shows_residency()),
+        Backing::Shared(Shared::File(file, _)) => Some(file.shows_residency()),
+        Backing::Mapped(mapped) => mapped.file_shows_residency(),
+        _ => None,
     }
 }
 

@@ -5,7 +5,8 @@
 //!
 //! ```text
 //!   admit ──▶ the policy ──victim──▶ standby list ──dropped──▶ gone
-//!               ▲                        │
+//!               ▲          │             │                       ▲
+//!               │          └────────── dropped ──────────────────┘
 //!               └──── admit (returned) ──┘
 //! ```
 
@@ -24,7 +25,7 @@ pub(crate) trait Replacement: fmt::Debug + Send {
     /// The page that leaves next; `None` if there is none.
     fn victim(&mut self) -> Option<PageKey>;
 
-    /// A page was not touched while it was on the standby list, and is gone.
+    /// A page is gone: it was not touched while it was on the standby list, or has not passed through it.
     fn dropped(&mut self, page: PageKey);
 
     /// Forgets the pages of a region that ends.

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 impl State {
     /// Moves a batch of pages to the standby list, and empties slots for the next batch; or drops the batch.
-    /// Passes over its turn, and returns false, if another thread is choosing or there is no page.
+    /// Passes over its turn, and returns false, if another thread is choosing, there is no page, or all stay.
     pub(super) fn evict(&self) -> bool {
         let mut room = [0; BATCH];
         let Some(mut chooser) = self.try_choose() else { return false };
@@ -77,7 +77,11 @@ impl State {
             }
         }
         let mut room = [0; BATCH];
-        let victims = chooser.victims_to_drop(&mut room);
+        // Pages for slots are not gone yet.
+        let victims = match taken {
+            (_, 0) => chooser.victims_to_drop(&mut room),
+            _ => chooser.victims_to_move(&mut room),
+        };
         let block = if victims.is_empty() { chooser.blocks.last_resort() } else { None };
         drop(chooser);
         self.take_away(victims, taken) || block.is_some_and(|first| self.drop_block(first))
@@ -365,8 +369,14 @@ impl Share {
         self.left_memory(1);
     }
 
-    /// Drops pages, in the order of their addresses, `N` runs at a time. Returns their number.
+    /// Drops pages, in the order of their addresses, `N` runs at a time. Returns their number. Pages of a region
+    /// whose written pages go back stay: the region may have taken the number of an ended one since its pages
+    /// were chosen.
     pub(super) fn drop_pages<const N: usize>(&self, region: &Mapping, pages: &[PageKey]) -> usize {
+        if self.dirty.is_some() {
+            pages.iter().for_each(|page| self.page_stays(page_of(*page)));
+            return 0;
+        }
         let (mut rest, mut dropped) = (pages, 0);
         while !rest.is_empty() {
             let mut runs = Runs::<N>::of(&self.evictable);

@@ -29,7 +29,7 @@ impl Sampling {
     /// back from it.
     pub(super) fn takes_next(&mut self, returned: u64) -> bool {
         if self.moved >= WINDOW {
-            let in_window = returned - self.returned_before;
+            let in_window = returned.saturating_sub(self.returned_before);
             self.all = in_window * if self.all { STOPS_BELOW } else { BEGINS_FROM } >= self.moved;
             (self.moved, self.returned_before) = (0, returned);
         }

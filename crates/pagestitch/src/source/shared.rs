@@ -72,6 +72,8 @@ pub(crate) struct Mapped {
     kind: MappedKind,
     /// The device and inode of a file that has a name.
     file: Option<(u64, u64)>,
+    /// As [`SharedFile::shows_residency`].
+    shows_residency: bool,
 }
 
 /// The name of a source. The path of an immutable file becomes text only for a plan or an error.
@@ -94,21 +96,24 @@ enum MappedKind {
 impl Mapped {
     /// The name and size of a sealed memfd.
     pub(super) fn sealed(memfd: &dyn Source) -> Self {
-        Self { name: Name::Text(memfd.name()), size: memfd.size(), kind: MappedKind::Sealed, file: None }
+        let name = Name::Text(memfd.name());
+        Self { name, size: memfd.size(), kind: MappedKind::Sealed, file: None, shows_residency: true }
     }
 
     /// The name, size and identity of a file; `None` for one without a name.
     pub(super) fn file(file: &SharedFile, sharing: Sharing) -> Option<Self> {
         let identity = identity(file.file())?;
         let (name, kind) = (Name::Text(file.name()), MappedKind::Shared(sharing));
-        Some(Self { name, size: file.size(), kind, file: Some(identity) })
+        let shows_residency = file.shows_residency();
+        Some(Self { name, size: file.size(), kind, file: Some(identity), shows_residency })
     }
 
     /// The name, size and identity of an immutable file.
     pub(super) fn immutable(file: &ImmutableFile) -> Self {
         let (stable, name) = (file.stable(), Name::Path(Arc::clone(file.path())));
         let kind = MappedKind::Immutable(stable.grounds());
-        Self { name, size: file.size(), kind, file: Some(stable.identity()) }
+        let (file_identity, shows_residency) = (stable.identity(), stable.shows_residency());
+        Self { name, size: file.size(), kind, file: Some(file_identity), shows_residency }
     }
 
     /// The name and size of a source whose bytes are copied.
@@ -116,7 +121,7 @@ impl Mapped {
         let name = guarded(|| source.name());
         let name = Name::Text(name.unwrap_or_else(|said| format!("a source whose name panics: {said}")));
         let size = guarded(|| source.size()).unwrap_or(0);
-        Self { name, size, kind: MappedKind::Copied(method, reason), file: None }
+        Self { name, size, kind: MappedKind::Copied(method, reason), file: None, shows_residency: false }
     }
 
     /// The plan of its chunks, if their bytes are copied.
@@ -127,9 +132,10 @@ impl Mapped {
         }
     }
 
-    /// True for a file, which may be on a disk.
-    pub(crate) const fn is_file(&self) -> bool {
-        matches!(self.kind, MappedKind::Shared(_) | MappedKind::Immutable(_))
+    /// For a file, which may be on a disk: whether the kernel tells which of its pages are in memory.
+    pub(crate) fn file_shows_residency(&self) -> Option<bool> {
+        let is_file = matches!(self.kind, MappedKind::Shared(_) | MappedKind::Immutable(_));
+        is_file.then_some(self.shows_residency)
     }
 
     /// True if a write to the mapping is one to the source.
