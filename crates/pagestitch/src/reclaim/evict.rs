@@ -412,8 +412,12 @@ impl Share {
         }
     }
 
-    /// Drops the pages of a span that are present and not pinned. Returns their number.
+    /// Drops the pages of a span that are present and not pinned. Returns their number. As in
+    /// [`drop_pages`](Self::drop_pages), pages stay whose written bytes go back: they come in no blocks.
     pub(super) fn drop_span(&self, region: &Mapping, span: Span) -> usize {
+        if self.dirty.is_some() {
+            return 0;
+        }
         let (quiet, mut dropped, mut rest) = (Quiet(region), 0, span);
         while !rest.is_empty() {
             let run = self.pins.free_prefix(rest);
