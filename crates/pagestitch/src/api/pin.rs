@@ -11,9 +11,9 @@ impl AnyRegion {
     /// is touched.
     ///
     /// Pages that only reach into the range leave, too. They wait on the standby list, so that a touch
-    /// soon after needs no read. Pages that are [pinned](Self::pin), locked
-    /// (`mlock(2)`), or being filled stay. Pages of a file or memfd that are shown in place take no memory
-    /// of the region, and none of them leaves.
+    /// soon after needs no read. Pages that are [pinned](Self::pin), locked (`mlock(2)`), or being filled
+    /// stay. Pages of a file or memfd that are shown in place take no memory of the region, and none of them
+    /// leaves.
     ///
     /// # Errors
     ///

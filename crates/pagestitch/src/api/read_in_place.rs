@@ -1,5 +1,7 @@
-//! Populates pages of files that are mapped in place: reads them into the page cache, and no
-//! others, and maps them, so that a page that cannot be read is an error now and no signal later.
+//! Reads pages of files that are mapped in place into the page cache, and no others.
+//!
+//! `populate` maps them, too, so that a page that cannot be read is an error now and no signal later.
+//! `prefetch` only begins, at both ends of its range.
 
 use crate::api::AnyRegion;
 use crate::api::refused::refused;
@@ -56,8 +58,9 @@ impl AnyRegion {
 
     /// The pages of a run that are read alone.
     fn edges(&self, run: Span) -> [Span; 2] {
-        let (page, before) = (self.served.page_size().bytes(), BEFORE / self.served.page_size().bytes());
-        [run.prefix(before), run.without_prefix(before).suffix(BEHIND / page)]
+        let page = self.served.page_size().bytes();
+        let (before, behind) = (BEFORE / page, BEHIND / page);
+        [run.prefix(before), run.without_prefix(before).suffix(behind)]
     }
 
     fn read_run(&self, reservation: &Reservation, run: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
