@@ -293,7 +293,8 @@ impl<'e, const N: usize> Runs<'e, N> {
     #[must_use]
     pub fn get(&self, number: usize) -> Span {
         let (range, reservation) = (&self.ranges[..self.len][number], &self.from.0);
-        let first = reservation.page_at(range.iov_base.addr()).expect("`push` takes pages of the reservation only");
+        let first =
+            reservation.page_at(range.iov_base.addr()).expect("`push` takes pages of the reservation only");
         Span { first, pages: range.iov_len / reservation.page_size().bytes() }
     }
 
