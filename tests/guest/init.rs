@@ -11,14 +11,14 @@ use nix::sys::termios::{SetArg, cfmakeraw, tcdrain, tcgetattr, tcsetattr};
 use std::env;
 use std::error::Error;
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 
 fn main() {
-    let status = run().unwrap_or_else(|error| {
+    let status = run_suite().unwrap_or_else(|error| {
         eprintln!("guest-init: {error}");
         1
     });
@@ -29,7 +29,7 @@ fn main() {
     let _ = reboot(RebootMode::RB_AUTOBOOT);
 }
 
-fn run() -> Result<i32, Box<dyn Error>> {
+fn run_suite() -> Result<i32, Box<dyn Error>> {
     for (kind, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
         fs::create_dir_all(target)?;
         mount(Some(kind), target, Some(kind), MsFlags::empty(), None::<&str>)?;
@@ -86,7 +86,7 @@ fn physical(serial: &File) -> Result<bool, Box<dyn Error>> {
     passed &= test(serial, PHYSICAL, ORDINARY, &["--ignored", "ordinary_user::"])?;
     finit_module(File::open("/modules/devmem_any.ko")?, c"", ModuleInitFlags::empty())?;
     passed &= test(serial, PHYSICAL, ROOT, &["--ignored", "lifted::", "--nocapture", "--test-threads=1"])?;
-    passed &= ends_well(serial, Command::new(PHYSICAL_C).arg(RESERVED))?;
+    passed &= run(serial, Command::new(PHYSICAL_C).arg(RESERVED))?.success();
     Ok(passed)
 }
 
@@ -108,16 +108,22 @@ fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<b
         .env("PROPTEST_CASES", "6")
         .env("PAGESTITCH_EMULATED", "1")
         .env("RUST_BACKTRACE", "0");
-    ends_well(serial, &mut command)
+    let ended = run(serial, &mut command)?;
+    if ended.signal().is_some() {
+        // The log tells which tests have ended, so the runner finds those that have not in the list.
+        let list = Command::new(program).args(arguments).arg("--list").stdout(serial.try_clone()?).status();
+        writeln!(&*serial, "the tests of {program}: {list:?}")?;
+    }
+    Ok(ended.success())
 }
 
-/// Runs a program. True if it succeeds.
-fn ends_well(serial: &File, command: &mut Command) -> Result<bool, Box<dyn Error>> {
+/// Runs a program, and tells its end if it fails.
+fn run(serial: &File, command: &mut Command) -> io::Result<ExitStatus> {
     let ended = command.stdout(serial.try_clone()?).stderr(serial.try_clone()?).status()?;
     if !ended.success() {
         writeln!(&*serial, "{} ended with {ended}", command.get_program().display())?;
     }
-    Ok(ended.success())
+    Ok(ended)
 }
 
 const DISK: &str = "/dev/nvme0n1";

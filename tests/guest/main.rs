@@ -349,6 +349,10 @@ fn names_end_the_message() {
     assert_eq!(names(&ended), "\nfailures:\n    b::two\n    c::three\n");
     let hangs = format!("{ended}test d::four{STILL_RUNNING}\ntest a::one{STILL_RUNNING}\n");
     assert_eq!(names(&hangs), "\nfailures:\n    b::two\n    c::three\n    d::four has no result\n");
+    let died = format!(
+        "{passed}/tests/all ended with signal: 7\nzero: test\na::one: test\ntwo: test\nthree: test\n"
+    );
+    assert_eq!(names(&died), "\nfailures:\n    two has no result\n    zero has no result\n");
     let many: String =
         (0..MOST_NAMES + 2).map(|number| format!("test {number} ... FAILED <0.1s>\n")).collect();
     assert!(names(&many).ends_with("\n    and 2 more\n"), "{}", names(&many));
@@ -390,7 +394,8 @@ fn wait(mut guest: Child) -> &'static str {
     if in_time { DIED } else { "did not end in time" }
 }
 
-/// A list of the failed tests, and of those that ran for long and have no result. It ends the message, because a long
+/// A list of the failed tests, of those that ran for long and have no result, and of those that may have ended their
+/// program by a signal. It ends the message, because a long
 /// output is often kept only in part. It has the form of the test runner's own list, from which `.ci/run` takes the names.
 fn names(said: &str) -> String {
     let tests = || said.lines().filter_map(|line| line.strip_prefix("test "));
@@ -399,8 +404,11 @@ fn names(said: &str) -> String {
         tests().filter_map(|line| line.split_once(" ... ")).map(|(name, _)| name).collect();
     let long =
         tests().filter_map(|line| line.strip_suffix(STILL_RUNNING)).filter(|name| !ended.contains(name));
-    let long = long.map(|name| format!("{name} has no result"));
-    let names: BTreeSet<String> = failed.chain(long).chain(listed(said).map(str::to_owned)).collect();
+    // A program that a signal has ended is followed by the list of its tests, in the order in which they start.
+    let rest = said.lines().filter_map(|line| line.strip_suffix(": test"));
+    let died = rest.filter(|name| !ended.contains(name)).take(TESTS_AT_ONCE);
+    let unended = long.chain(died).map(|name| format!("{name} has no result"));
+    let names: BTreeSet<String> = failed.chain(unended).chain(listed(said).map(str::to_owned)).collect();
     if names.is_empty() {
         return String::new();
     }
@@ -451,6 +459,8 @@ const DIED: &str = "died";
 const DISK: u64 = 16 << 20;
 /// The end of libtest's line about a test that takes long.
 const STILL_RUNNING: &str = " has been running for over 60 seconds";
+/// The number of tests that run at once in a guest.
+const TESTS_AT_ONCE: usize = 2;
 /// The most names of failed tests that end a message.
 const MOST_NAMES: usize = 10;
 const QEMU: &str = "qemu-system-x86_64";

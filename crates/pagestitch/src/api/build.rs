@@ -365,7 +365,7 @@ fn prepare_adopted(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<Prep
     let (foreign, uffd) = memory.settle(name, bytes)?;
     Ok(PreparedTarget {
         target: Target::Foreign(foreign),
-        uffd: Shards::one(uffd),
+        uffd: Shards::adopted(uffd),
         shown: ShownPages::default(),
         moves: false,
         staged: Err("the kernel moves pages only inside a process"),

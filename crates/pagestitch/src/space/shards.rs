@@ -13,6 +13,7 @@
 
 use crate::space::shared_uffd::SharedPlace;
 use crate::space::spare_uffds::SpareUffds;
+use crate::space::target::ListedUffd;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::{FaultMode, RegisterMode};
 use pagestitch_kernel::{AddressRange, Errno, Features, Outcome, Page, PageSize, Reservation, Span, Uffd};
@@ -43,6 +44,8 @@ pub(crate) struct Shards {
 enum Uffds {
     /// They are its own.
     Own(Box<[Uffd]>),
+    /// One that the owner of the memory has opened.
+    Adopted(ListedUffd),
     /// One that it shares with other regions.
     Shared(SharedPlace),
 }
@@ -54,6 +57,7 @@ impl Deref for Uffds {
     fn deref(&self) -> &[Uffd] {
         match self {
             Self::Own(uffds) => uffds,
+            Self::Adopted(listed) => slice::from_ref(listed.uffd()),
             Self::Shared(place) => slice::from_ref(&place.uffd.uffd),
         }
     }
@@ -67,6 +71,11 @@ impl Shards {
 
     fn single(uffds: Uffds) -> Self {
         Self { uffds, start: 0, bytes: usize::MAX, spares: None, retired: AtomicBool::new(false) }
+    }
+
+    /// One shard with all addresses, which their owner has registered.
+    pub(crate) fn adopted(uffd: ListedUffd) -> Self {
+        Self::single(Uffds::Adopted(uffd))
     }
 
     /// Divides a reservation into as many shards as there are userfaultfds, or as it has blocks, and
@@ -169,8 +178,8 @@ impl Shards {
     /// way to its region. The region knows of all other faults.
     pub(crate) fn has_waiters(&self) -> bool {
         match &self.uffds {
-            Uffds::Own(uffds) => uffds.iter().any(Uffd::has_waiters),
             Uffds::Shared(place) => place.uffd.has_faults_under_way(),
+            uffds => uffds.iter().any(Uffd::has_waiters),
         }
     }
 

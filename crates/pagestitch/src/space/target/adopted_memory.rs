@@ -2,7 +2,7 @@
 //! owner.
 
 use super::foreign::{Foreign, ForeignRange};
-use super::listed::Listed;
+use super::listed::ListedUffd;
 use super::owner::{OnDiscard, OnUnavailable};
 use crate::error::{BuildOption, Error, ErrorKind};
 use pagestitch_kernel::Features;
@@ -173,7 +173,7 @@ impl AdoptedMemory {
 
     /// Checks the description for a region: the ranges must hold exactly `bytes` bytes, and no
     /// other region may serve the userfaultfd.
-    pub(crate) fn settle(self, region: &str, bytes: u64) -> Result<(Foreign, Uffd), Error> {
+    pub(crate) fn settle(self, region: &str, bytes: u64) -> Result<(Foreign, ListedUffd), Error> {
         let can_poison = self.uffd.features().contains(Features::POISON);
         if self.owner.is_none() && (self.on_unavailable == OnUnavailable::Kill || !can_poison) {
             let what = "the owner must be killed if bytes are unavailable, and it is unknown: name the owner() \
@@ -190,14 +190,13 @@ impl AdoptedMemory {
             return Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Range));
         }
         let Self { uffd, page, owner, on_unavailable, on_discard, .. } = self;
-        let listed = Listed::new(&uffd, region).map_err(|other| {
+        let uffd = ListedUffd::new(uffd, region).map_err(|other| {
             let what = format!("region {other} serves this userfaultfd already: drop that first");
             Error::new(ErrorKind::InUse, what)
         })?;
-        let mut adopted = Foreign::new(page, parts, owner, on_unavailable, on_discard)
+        let foreign = Foreign::new(page, parts, owner, on_unavailable, on_discard)
             .map_err(|errno| Error::refused("cannot reserve a table of its pages", errno))?;
-        adopted.listed = Some(listed);
-        Ok((adopted, uffd))
+        Ok((foreign, uffd))
     }
 }
 

@@ -2,7 +2,6 @@
 //! installs.
 
 use super::discarded::DiscardedPages;
-use super::listed::Listed;
 use super::owner::{OnDiscard, OnUnavailable};
 use pagestitch_kernel::process::Process;
 use pagestitch_kernel::sync::atomic::{AtomicBool, Ordering};
@@ -30,8 +29,6 @@ pub(crate) struct Foreign {
     ended: AtomicBool,
     pub(crate) on_unavailable: OnUnavailable,
     on_discard: OnDiscard,
-    /// `None` for a forked child, whose userfaultfd no other region can adopt.
-    pub(super) listed: Option<Listed>,
 }
 
 /// Another thread holds the lock of the memory map, perhaps for long: the kernel may wait for
@@ -75,7 +72,6 @@ impl Foreign {
             ended,
             on_unavailable,
             on_discard,
-            listed: None,
         })
     }
 

@@ -29,6 +29,7 @@ mod userfaultfd_crate;
 
 pub use adopted_memory::AdoptedMemory;
 pub(crate) use foreign::{Busy, Foreign};
+pub(crate) use listed::ListedUffd;
 pub use owner::{OnDiscard, OnUnavailable};
 
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Reservation, Span};
