@@ -508,7 +508,10 @@ mod tests {
     use super::*;
     use crate::policy::S3Fifo;
     use crate::reclaim::slots::Slots;
-    use crate::reclaim::state::room_for;
+    use crate::reclaim::state::{key_of, room_for};
+    use crate::source::{UnsealedMemfd, WritableFile};
+    use crate::{Budget, Chunk, ErrorKind, Pool, Region, WriteBack};
+    use pagestitch_kernel::PageSize;
     use pagestitch_kernel::arena::Arena;
     use std::num::NonZeroUsize;
 
@@ -525,5 +528,26 @@ mod tests {
             (0..8).for_each(|slot| slots.skip(slot));
             state.free_some(state.choose());
         }
+    }
+
+    /// Pages of an ended region may be dropped after its number has passed to another region.
+    #[test]
+    fn pages_of_a_region_with_write_back_are_never_dropped() {
+        const PAGES: usize = 16;
+        let bytes = PageSize::system().bytes() * PAGES;
+        let file = UnsealedMemfd::create("table", bytes as u64).unwrap().file().try_clone().unwrap();
+        let chunk = Chunk::writable(Arc::new(WritableFile::from_file(file, "table").unwrap()));
+        let budget = Budget::bytes(64 << 20).unwrap();
+        let builder = Region::builder().chunk(chunk).budget(&budget).write_back(WriteBack::ToSource);
+        let region = match builder.build_shared(&Pool::new().unwrap()) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => return,
+            built => built.unwrap(),
+        };
+        region.write_at(0, &vec![7; bytes]).unwrap();
+        let pages: Vec<_> = (0..PAGES).map(|page| key_of(0, Page(page))).collect();
+        assert_eq!(budget.state.drop_pages(&pages), 0);
+        let mut read = vec![0; bytes];
+        region.read_at(0, &mut read).unwrap();
+        assert!(read == vec![7; bytes]);
     }
 }
