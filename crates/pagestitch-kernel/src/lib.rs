@@ -95,6 +95,7 @@ pub mod fd_passing;
 pub mod fd_queue;
 pub mod features;
 pub mod file_read;
+pub mod file_readahead;
 pub mod fork;
 pub mod gate;
 mod granule;

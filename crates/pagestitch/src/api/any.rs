@@ -240,9 +240,9 @@ impl AnyRegion {
     ///   [`granularity`](crate::Source::granularity) are filled.
     /// * **Asynchronous sources** ([`Fetch`](crate::source::Fetch)) get 16 requests of a prefetch at
     ///   once, below the limits of the pool and the region, and no worker waits for them.
-    /// * **Files in place**: the kernel begins to read the first 4 MiB and the last 16 MiB that are not in
-    ///   memory. Its readahead for later touches, in their order, reads the rest, and no page outside of the
-    ///   range.
+    /// * **Files in place**: the kernel begins to read both ends of the range, as far as its readahead would
+    ///   leave the range there (with the default of 128 KiB, the first 64 KiB and the last 256 KiB). Its
+    ///   readahead for later touches, in their order, reads the rest, and no page outside of the range.
     /// * **Recordings** ([`record`](crate::Builder::record)) have no touch of a page that is filled
     ///   ahead.
     ///
@@ -263,7 +263,9 @@ impl AnyRegion {
     /// ```
     pub fn prefetch(&self, range: impl RangeBounds<u64>) -> Result<PrefetchHandle, Error> {
         let span = self.span(range)?;
-        let units = self.served.with_read_units(span);
+        let is_in_place = self.served.in_place.next_gap(span).is_empty();
+        // No worker wakes up for an empty prefetch.
+        let units = if is_in_place { span.prefix(0) } else { self.served.with_read_units(span) };
         let job = self.start("prefetch", PrefetchJob::new(units, self.block_pages()))?;
         self.begin_to_read_in_place(span);
         Ok(job)

@@ -8,17 +8,18 @@ use crate::api::refused::refused;
 use crate::error::Error;
 use crate::source::{Backing, Shared};
 use crate::space::Target;
+use pagestitch_kernel::file_readahead;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, Reservation, Span};
 
 impl AnyRegion {
     /// Reads the pages of a span that are mapped in place, until `go_on` returns false.
     pub(super) fn read_in_place(&self, span: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
-        self.each_file_run(span, |reservation, run, _| {
+        self.each_file_run(span, |reservation, run, (device, _)| {
             if !go_on() {
                 return Ok(());
             }
-            self.edges(run).into_iter().for_each(|edge| reservation.will_need(edge));
+            self.edges(run, device).into_iter().for_each(|edge| reservation.will_need(edge));
             self.read_run(reservation, run, go_on)
         })
     }
@@ -26,20 +27,23 @@ impl AnyRegion {
     /// Has the kernel begin to read the edges of files in place, so that touches of a span in its order read
     /// no page outside of it. Edges that the page cache has are passed over, which takes few system calls.
     pub(super) fn begin_to_read_in_place(&self, span: Span) {
-        let begun = self.each_file_run(span, |reservation, run, shows_residency| {
+        let begun = self.each_file_run(span, |reservation, run, (device, shows_residency)| {
             let is_needed = |edge: &Span| !shows_residency || !has_all(reservation, *edge);
-            self.edges(run).into_iter().filter(is_needed).for_each(|edge| reservation.will_need(edge));
+            self.edges(run, device)
+                .into_iter()
+                .filter(is_needed)
+                .for_each(|edge| reservation.will_need(edge));
             Ok(())
         });
         debug_assert!(begun.is_ok(), "no run fails");
     }
 
-    /// Calls `each` with the runs of a span that are mapped in place from files, and whether the kernel tells
-    /// which of their pages are in memory.
+    /// Calls `each` with the runs of a span that are mapped in place from files, the device of the file, and
+    /// whether the kernel tells which of its pages are in memory.
     fn each_file_run(
         &self,
         span: Span,
-        mut each: impl FnMut(&Reservation, Span, bool) -> Result<(), Error>,
+        mut each: impl FnMut(&Reservation, Span, (u64, bool)) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let Target::Owned(reservation) = &self.served.target else { return Ok(()) };
         let mut rest = span;
@@ -48,19 +52,21 @@ impl AnyRegion {
                 rest = rest.without_prefix(self.served.in_place.next_gap(rest).pages.max(1));
                 continue;
             };
-            if let Some(shows_residency) = file_shows_residency(self.served.layout.backing_of(run.chunk)) {
-                each(reservation, rest.prefix(pages), shows_residency)?;
+            if let Some(file) = file_on_device(self.served.layout.backing_of(run.chunk)) {
+                each(reservation, rest.prefix(pages), file)?;
             }
             rest = rest.without_prefix(pages);
         }
         Ok(())
     }
 
-    /// The pages of a run that are read alone.
-    fn edges(&self, run: Span) -> [Span; 2] {
-        let page = self.served.page_size().bytes();
-        let (before, behind) = (BEFORE / page, BEHIND / page);
-        [run.prefix(before), run.without_prefix(before).suffix(behind)]
+    /// The pages of a run that are read alone, because a touch has the kernel read pages around it: half a window
+    /// of its readahead before the first page, and up to two windows behind the last one. The kernel gives each
+    /// of these pages a frame of its own, so that they are as few as possible.
+    fn edges(&self, run: Span, device: u64) -> [Span; 2] {
+        let window = file_readahead::window(device).div_ceil(self.served.page_size().bytes());
+        let first = run.prefix(window.div_ceil(2));
+        [first, run.without_prefix(first.pages).suffix(2 * window)]
     }
 
     fn read_run(&self, reservation: &Reservation, run: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
@@ -89,20 +95,12 @@ fn has_all(reservation: &Reservation, span: Span) -> bool {
     reservation.in_memory(span, |_, here| has &= here).is_ok() && has
 }
 
-/// For a file, whether the kernel tells which of its pages are in memory.
-fn file_shows_residency(backing: &Backing) -> Option<bool> {
+/// For a file, which may be on a disk: its device, and whether the kernel tells which of its pages are in memory.
+fn file_on_device(backing: &Backing) -> Option<(u64, bool)> {
     match backing {
-        Backing::Immutable(file) => Some(file.stable().shows_residency()),
-        Backing::Shared(Shared::File(file, _)) => Some(file.shows_residency()),
-        Backing::Mapped(mapped) => mapped.file_shows_residency(),
+        Backing::Immutable(file) => Some((file.stable().identity().0, file.stable().shows_residency())),
+        Backing::Shared(Shared::File(file, _)) => Some((file.identity().0, file.shows_residency())),
+        Backing::Mapped(mapped) => mapped.file_on_device(),
         _ => None,
     }
 }
-
-/// The bytes at the start of a run that are read alone, because the kernel's readahead around the first
-/// page would read bytes before it: half of its window. The window is 128 KiB by default, and 8 MiB on some
-/// systems.
-const BEFORE: usize = 4 << 20;
-/// The bytes at the end of a run that are read alone, because the kernel's readahead would read bytes behind
-/// it: up to two windows.
-const BEHIND: usize = 16 << 20;

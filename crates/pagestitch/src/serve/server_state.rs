@@ -256,6 +256,9 @@ impl ServerState {
         if regions.stopped {
             return Err(server_ended(&region.name));
         }
+        if job.is_over() {
+            return Ok(());
+        }
         // Under the lock, because the end of the server ends the prefetches that it finds.
         region.note_prefetch(job);
         drop(regions);

@@ -132,10 +132,10 @@ impl Mapped {
         }
     }
 
-    /// For a file, which may be on a disk: whether the kernel tells which of its pages are in memory.
-    pub(crate) fn file_shows_residency(&self) -> Option<bool> {
-        let is_file = matches!(self.kind, MappedKind::Shared(_) | MappedKind::Immutable(_));
-        is_file.then_some(self.shows_residency)
+    /// For a file, which may be on a disk: its device, and whether the kernel tells which of its pages are in
+    /// memory.
+    pub(crate) fn file_on_device(&self) -> Option<(u64, bool)> {
+        self.file.map(|(device, _)| (device, self.shows_residency))
     }
 
     /// True if a write to the mapping is one to the source.

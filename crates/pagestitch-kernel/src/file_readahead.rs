@@ -1,0 +1,48 @@
+//! The kernel's own readahead: the bytes of a file that it reads at once around a touched page, and ahead of
+//! a thread that touches pages in their order.
+
+use nix::libc::{major, minor};
+use std::fs;
+use std::sync::Mutex;
+
+/// The window of the kernel's readahead for the files of a device, in bytes; 8 MiB, which is a large one, where
+/// the kernel does not tell. `device` is the `st_dev` of a file.
+///
+/// A mapping reads from half a window before a touched page to half a window behind it.
+#[must_use]
+pub fn window(device: u64) -> usize {
+    static LAST: Mutex<Option<(u64, usize)>> = Mutex::new(None);
+    // Another thread may hold the lock at a fork, so that a child must not wait for it.
+    let Ok(mut last) = LAST.try_lock() else { return read_window(device) };
+    match *last {
+        Some((known, window)) if known == device => window,
+        _ => last.insert((device, read_window(device))).1,
+    }
+}
+
+fn read_window(device: u64) -> usize {
+    let number = format!("{}:{}", major(device), minor(device));
+    // A partition has the window of its disk, in whose folder its own one lies. A file system of several devices
+    // has numbers of its own.
+    let places = [
+        format!("/sys/class/bdi/{number}/read_ahead_kb"),
+        format!("/sys/dev/block/{number}/../bdi/read_ahead_kb"),
+    ];
+    let told = places.iter().find_map(|place| fs::read_to_string(place).ok());
+    told.and_then(|kib| kib.trim().parse::<usize>().ok()).map_or(LARGE, |kib| kib.saturating_mul(1024))
+}
+
+/// Some virtual machines have windows of 8 MiB; the kernel's default is 128 KiB.
+const LARGE: usize = 8 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_a_folder_in_sysfs_has_a_large_window() {
+        // No device has the major number 0 and this minor number, and no file system either.
+        assert_eq!(window(nix::libc::makedev(0, 999_999)), LARGE);
+        assert_eq!(window(nix::libc::makedev(0, 999_998)), LARGE);
+    }
+}
