@@ -41,8 +41,8 @@ def sum_region(size):
     import numpy
     import pagestitch
 
-    # In pieces of their own, as in languages.rs, and not in one array: the allocator of numpy asks for huge pages, and then
-    # as many fewer are left for the region.
+    # In pieces of their own, as in languages.rs, and not in one array, because the allocator of numpy asks for huge pages,
+    # of which fewer are left for the region then.
     region = pagestitch.Region([numbers(int(size) // 64).tobytes() for _ in range(64)])
     timed(numpy.frombuffer(region, dtype="<i8").sum)
 
@@ -134,7 +134,7 @@ def tensor(way, temperature, folder):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if temperature == "warm":
-        # By the same reads for all: the sizes of the pieces of the page cache depend on how they were read.
+        # By the same reads for all, because the kernel chooses the sizes of folios by the way in which they are read.
         assert by_read(folder)().sum()
         assert find().sum()
     before, begin = bytes_read(), time.perf_counter_ns()

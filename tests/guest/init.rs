@@ -110,7 +110,7 @@ fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<b
         .env("RUST_BACKTRACE", "0");
     let ended = run(serial, &mut command)?;
     if ended.signal().is_some() {
-        // The log tells which tests have ended, so the runner finds those that have not in the list.
+        // The log names the tests that have ended. The runner takes the others from this list.
         let list = Command::new(program).args(arguments).arg("--list").stdout(serial.try_clone()?).status();
         writeln!(&*serial, "the tests of {program}: {list:?}")?;
     }

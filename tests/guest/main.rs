@@ -353,6 +353,11 @@ fn names_end_the_message() {
         "{passed}/tests/all ended with signal: 7\nzero: test\na::one: test\ntwo: test\nthree: test\n"
     );
     assert_eq!(names(&died), "\nfailures:\n    two has no result\n    zero has no result\n");
+    let alone = format!(
+        "test one ... /tests/all ended\n{died}the tests of /tests/all: Ok\none: test\nthree: test\nfour: test\n"
+    );
+    let four = ["one", "three", "two", "zero"].map(|name| format!("    {name} has no result\n")).concat();
+    assert_eq!(names(&alone), format!("\nfailures:\n{four}"));
     let many: String =
         (0..MOST_NAMES + 2).map(|number| format!("test {number} ... FAILED <0.1s>\n")).collect();
     assert!(names(&many).ends_with("\n    and 2 more\n"), "{}", names(&many));
@@ -400,13 +405,20 @@ fn wait(mut guest: Child) -> &'static str {
 fn names(said: &str) -> String {
     let tests = || said.lines().filter_map(|line| line.strip_prefix("test "));
     let failed = tests().filter_map(|line| line.split_once(" ... FAILED")).map(|(name, _)| name.to_owned());
-    let ended: HashSet<_> =
-        tests().filter_map(|line| line.split_once(" ... ")).map(|(name, _)| name).collect();
+    // Where tests run one by one, the name of a test is there before its result.
+    let is_result = |rest: &str| ["ok", "FAILED", "ignored"].iter().any(|result| rest.starts_with(result));
+    let ended: HashSet<_> = tests()
+        .filter_map(|line| line.split_once(" ... "))
+        .filter(|(_, rest)| is_result(rest))
+        .map(|(name, _)| name)
+        .collect();
     let long =
         tests().filter_map(|line| line.strip_suffix(STILL_RUNNING)).filter(|name| !ended.contains(name));
     // A program that a signal has ended is followed by the list of its tests, in the order in which they start.
-    let rest = said.lines().filter_map(|line| line.strip_suffix(": test"));
-    let died = rest.filter(|name| !ended.contains(name)).take(TESTS_AT_ONCE);
+    let died = said.split("\nthe tests of ").flat_map(|part| {
+        let rest = part.lines().filter_map(|line| line.strip_suffix(": test"));
+        rest.filter(|name| !ended.contains(name)).take(TESTS_AT_ONCE)
+    });
     let unended = long.chain(died).map(|name| format!("{name} has no result"));
     let names: BTreeSet<String> = failed.chain(unended).chain(listed(said).map(str::to_owned)).collect();
     if names.is_empty() {

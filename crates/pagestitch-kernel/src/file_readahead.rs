@@ -5,10 +5,12 @@ use nix::libc::{major, minor};
 use std::fs;
 use std::sync::Mutex;
 
-/// The window of the kernel's readahead for the files of a device, in bytes; 8 MiB, which is a large one, where
-/// the kernel does not tell. `device` is the `st_dev` of a file.
+/// The window of the kernel's readahead for the files of a device, in bytes. Where the kernel does not tell it:
+/// 8 MiB, because a window that is too large only costs time. `device` is the `st_dev` of a file.
 ///
-/// A mapping reads from half a window before a touched page to half a window behind it.
+/// A touch of a mapped page has the kernel read from half a window before the page to half a window behind it,
+/// and touches in their order up to two windows ahead. The windows of a file are twice as long if its descriptor
+/// was advised so (`POSIX_FADV_SEQUENTIAL`).
 #[must_use]
 pub fn window(device: u64) -> usize {
     static LAST: Mutex<Option<(u64, usize)>> = Mutex::new(None);
@@ -22,8 +24,8 @@ pub fn window(device: u64) -> usize {
 
 fn read_window(device: u64) -> usize {
     let number = format!("{}:{}", major(device), minor(device));
-    // A partition has the window of its disk, in whose folder its own one lies. A file system of several devices
-    // has numbers of its own.
+    // A partition has the window of its disk, in whose folder its own one lies. A network file system has
+    // numbers of its own. Those of btrfs and overlayfs are not in sysfs.
     let places = [
         format!("/sys/class/bdi/{number}/read_ahead_kb"),
         format!("/sys/dev/block/{number}/../bdi/read_ahead_kb"),

@@ -240,9 +240,11 @@ impl AnyRegion {
     ///   [`granularity`](crate::Source::granularity) are filled.
     /// * **Asynchronous sources** ([`Fetch`](crate::source::Fetch)) get 16 requests of a prefetch at
     ///   once, below the limits of the pool and the region, and no worker waits for them.
-    /// * **Files in place**: the kernel begins to read both ends of the range, as far as its readahead would
-    ///   leave the range there (with the default of 128 KiB, the first 64 KiB and the last 256 KiB). Its
-    ///   readahead for later touches, in their order, reads the rest, and no page outside of the range.
+    /// * **Files in place**: the kernel begins to read up to 4 MiB, and of a longer range both ends, from
+    ///   where its readahead would reach outside (with the default window of 128 KiB, the first 128 KiB and
+    ///   the last 512 KiB; where the window is not in sysfs, as on btrfs and overlayfs, 4 MiB and 16 MiB).
+    ///   Its readahead for later touches, in their order, reads the rest, and no page outside of the range.
+    ///   For touches in another order, call [`populate`](Self::populate).
     /// * **Recordings** ([`record`](crate::Builder::record)) have no touch of a page that is filled
     ///   ahead.
     ///

@@ -73,7 +73,8 @@ impl PrefetchHandle {
     }
 
     /// True if the prefetch is over: each page of the range was present before, or is filled, failed or
-    /// skipped; or the region was dropped.
+    /// skipped; or the region was dropped. Pages of files in place count as present, also while the kernel reads
+    /// them.
     ///
     /// ```
     /// # use pagestitch::{Pool, Region};

@@ -1,7 +1,7 @@
 //! Reads pages of files that are mapped in place into the page cache, and no others.
 //!
 //! `populate` maps them, too, so that a page that cannot be read is an error now and no signal later.
-//! `prefetch` only begins, at both ends of its range.
+//! `prefetch` only begins: a short range, or both ends of a long one.
 
 use crate::api::AnyRegion;
 use crate::api::refused::refused;
@@ -20,7 +20,8 @@ impl AnyRegion {
                 return Ok(());
             }
             self.edges(run, device).into_iter().for_each(|edge| reservation.will_need(edge));
-            self.read_run(reservation, run, go_on)
+            let in_pieces = file_readahead::window(device) < WINDOW_MIN;
+            self.read_run(reservation, run, in_pieces, go_on)
         })
     }
 
@@ -60,20 +61,35 @@ impl AnyRegion {
         Ok(())
     }
 
-    /// The pages of a run that are read alone, because a touch has the kernel read pages around it: half a window
-    /// of its readahead before the first page, and up to two windows behind the last one. The kernel gives each
-    /// of these pages a frame of its own, so that they are as few as possible.
+    /// The pages of a run that are read alone: all of a short run, and both ends of a long one, from where the
+    /// kernel's readahead would reach outside of the run. They are few, because the kernel gives each page that
+    /// is read alone a frame of its own, whose later touches take longer.
     fn edges(&self, run: Span, device: u64) -> [Span; 2] {
-        let window = file_readahead::window(device).div_ceil(self.served.page_size().bytes());
-        let first = run.prefix(window.div_ceil(2));
-        [first, run.without_prefix(first.pages).suffix(2 * window)]
+        let page = self.served.page_size().bytes();
+        if run.pages <= SHORT / page {
+            return [run, run.prefix(0)];
+        }
+        // Twice as much as the window of the device asks for, because that of a descriptor may be twice as long.
+        let window = file_readahead::window(device).max(WINDOW_MIN);
+        let first = run.prefix(window.min(BEFORE_MAX) / page);
+        [first, run.without_prefix(first.pages).suffix((4 * window).min(BEHIND_MAX) / page)]
     }
 
-    fn read_run(&self, reservation: &Reservation, run: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
+    /// Reads and maps the pages of a run. `in_pieces`: the kernel's readahead would read few pages at once.
+    fn read_run(
+        &self,
+        reservation: &Reservation,
+        run: Span,
+        in_pieces: bool,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<(), Error> {
         let page = self.served.page_size();
         let mut rest = run;
         while !rest.is_empty() && go_on() {
             let block = rest.prefix(HUGE / page.bytes());
+            if in_pieces {
+                reservation.will_need(block);
+            }
             match reservation.populate_read(block) {
                 // EINVAL: Linux before 5.14. The touch of a page reads it then.
                 Ok(()) | Err(Errno::EINVAL) => {}
@@ -94,6 +110,14 @@ fn has_all(reservation: &Reservation, span: Span) -> bool {
     let mut has = true;
     reservation.in_memory(span, |_, here| has &= here).is_ok() && has
 }
+
+/// The bytes of a run that is read alone.
+const SHORT: usize = 4 << 20;
+/// A shorter window is for random touches. A range that is asked for is read in larger pieces.
+const WINDOW_MIN: usize = 128 << 10;
+/// The most bytes that are read alone at the ends of a longer run: those of windows of 8 MiB.
+const BEFORE_MAX: usize = 4 << 20;
+const BEHIND_MAX: usize = 16 << 20;
 
 /// For a file, which may be on a disk: its device, and whether the kernel tells which of its pages are in memory.
 fn file_on_device(backing: &Backing) -> Option<(u64, bool)> {

@@ -31,7 +31,8 @@ impl ListedUffd {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let (number, fd) = (NUMBERS.fetch_add(1, Ordering::Relaxed), uffd.as_fd().as_raw_fd());
         let mut all = all();
-        if let Some(other) = all.iter().find(|other| uffd.is_also(other.fd)) {
+        // The application has closed the descriptor of an entry with the same number, perhaps in a forked child.
+        if let Some(other) = all.iter().find(|other| other.fd != fd && uffd.is_also(other.fd)) {
             return Err(other.region.clone());
         }
         all.push(Entry { number, fd, region: region.to_owned() });
