@@ -14,11 +14,14 @@ use pagestitch_testkit::{child, this_test};
 use proptest::prelude::*;
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 pub(crate) const BUDGET: u64 = 6 << 20;
 /// More than twice the budget.
@@ -29,6 +32,8 @@ pub(crate) struct Disk {
     bytes: Mutex<Vec<u8>>,
     /// Writes fail with this errno; 0 for none.
     errno: AtomicUsize,
+    /// The number of writes that fail before the next one succeeds.
+    failures: AtomicUsize,
     /// The first page and the end of those that fail.
     failing: [AtomicUsize; 2],
     /// The most bytes of one write; 0 for no limit.
@@ -39,12 +44,26 @@ pub(crate) struct Disk {
 impl Disk {
     pub(crate) fn of(bytes: Vec<u8>) -> Arc<Self> {
         let failing = [AtomicUsize::new(0), AtomicUsize::new(usize::MAX)];
-        let (errno, most, syncs) = Default::default();
-        Arc::new(Self { bytes: Mutex::new(bytes), errno, failing, most, syncs })
+        let (errno, failures, most, syncs) = Default::default();
+        Arc::new(Self { bytes: Mutex::new(bytes), errno, failures, failing, most, syncs })
     }
 
     fn fail(&self, errno: i32) {
+        self.fail_times(usize::MAX, errno);
+    }
+
+    fn fail_times(&self, times: usize, errno: i32) {
+        self.failures.store(times, Ordering::SeqCst);
         self.errno.store(errno as usize, Ordering::SeqCst);
+    }
+
+    /// True for a write that fails.
+    fn fails(&self, pages: Range<usize>) -> bool {
+        let [first, end] = [0, 1].map(|at| self.failing[at].load(Ordering::SeqCst));
+        let one_less = |failures: usize| failures.checked_sub(1);
+        pages.start < end
+            && first < pages.end
+            && self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok()
     }
 
     pub(crate) fn word(&self, page: usize) -> u64 {
@@ -68,8 +87,7 @@ impl WritableSource for Disk {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
         let page = offset as usize / PAGE;
         let errno = self.errno.load(Ordering::SeqCst);
-        let [first, end] = [0, 1].map(|at| self.failing[at].load(Ordering::SeqCst));
-        if errno > 0 && page < end && first < page + bytes.len().div_ceil(PAGE) {
+        if errno > 0 && self.fails(page..page + bytes.len().div_ceil(PAGE)) {
             return Err(io::Error::from_raw_os_error(errno as i32));
         }
         let most = match self.most.load(Ordering::SeqCst) {
@@ -252,7 +270,8 @@ fn no_write_is_lost_while_the_source_fails_now_and_then() {
     let shadow = scope(|scope| {
         let saboteur = scope.spawn(|| {
             for errno in [EIO, 0, ENOSPC, 0].into_iter().cycle() {
-                disk.fail(errno);
+                // Few times, because a fault without room fails after three seconds without a write that succeeds.
+                disk.fail_times(4, errno);
                 disk.most.store(1_000 * (errno as usize % 2), Ordering::SeqCst);
                 let _ = region.flush(..);
                 // A source that fails has pauses, in which no page leaves.
@@ -273,6 +292,45 @@ fn no_write_is_lost_while_the_source_fails_now_and_then() {
     for (page, expected) in shadow.iter().enumerate() {
         assert_eq!(disk.word(page), *expected, "page {page}");
     }
+}
+
+/// A fault without room looks at the source a few times in three seconds. Writes that succeed between these times
+/// count, too.
+#[test]
+fn a_fault_waits_for_room_as_long_as_writes_succeed_now_and_then() {
+    if moves_no_pages() {
+        return;
+    }
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(vec![0; PAGES * PAGE]));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
+    let word = |value: u64| value.to_ne_bytes();
+    // Its write succeeds always, and makes no room.
+    region.pin(..PAGE as u64).unwrap();
+    disk.failing[0].store(1, Ordering::SeqCst);
+    disk.fail(EIO);
+    let is_full = AtomicBool::new(false);
+    scope(|scope| {
+        let writer = scope.spawn(|| {
+            (1..PAGES).try_for_each(|page| {
+                is_full.store(budget.resident_bytes() > BUDGET / 2, Ordering::SeqCst);
+                region.write_at((page * PAGE) as u64, &word(page as u64))
+            })
+        });
+        until(|| is_full.load(Ordering::SeqCst));
+        let mut flushed = 0;
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(5) && !writer.is_finished() {
+            flushed += 1;
+            region.write_at(0, &word(flushed)).unwrap();
+            region.flush(..PAGE as u64).unwrap();
+            thread::sleep(Duration::from_millis(200));
+        }
+        assert!(!writer.is_finished(), "{:?}", writer.join());
+        disk.fail(0);
+        writer.join().unwrap().unwrap();
+    });
+    region.finish().unwrap();
+    assert!((1..PAGES).all(|page| disk.word(page) == page as u64));
 }
 
 #[test]

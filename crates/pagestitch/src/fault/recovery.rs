@@ -16,8 +16,10 @@ use std::time::{Duration, Instant};
 /// The failed attempts to fill a page.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Attempts {
-    /// The number of times that the kernel had no memory for the page.
+    /// The number of times that the kernel had no memory for the page, or its budget no room.
     pub(crate) memory: usize,
+    /// The pages that the budget had written back when it had no room last.
+    pub(crate) written_back: u64,
     /// The number of times that its source has failed.
     pub(crate) source: u32,
 }
@@ -98,6 +100,12 @@ impl Recovery {
                 )
             }
             InstallError::NoRoom => {
+                let written_back =
+                    region.residence.as_ref().map_or(0, |residence| residence.written_back_pages());
+                // A write has succeeded since, and the room that it made went to another fault.
+                if std::mem::replace(&mut self.attempts.written_back, written_back) != written_back {
+                    self.attempts.memory = 0;
+                }
                 let pause = SHORT_OF_ROOM.get(self.attempts.memory);
                 self.attempts.memory += 1;
                 pause.map_or_else(

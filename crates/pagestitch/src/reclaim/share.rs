@@ -305,6 +305,10 @@ impl Residence for Membership {
         self.0.state.limit
     }
 
+    fn written_back_pages(&self) -> u64 {
+        self.0.state.tally.write_backs.load(Ordering::Relaxed)
+    }
+
     fn evict(&self, span: Span) -> usize {
         self.0.evict(span)
     }

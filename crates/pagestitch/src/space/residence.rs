@@ -76,6 +76,9 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
     /// The most pages that are resident at once.
     fn limit(&self) -> usize;
 
+    /// The number of written pages of all regions of the budget that have gone back to their sources.
+    fn written_back_pages(&self) -> u64;
+
     /// The written pages, if they go back to their sources.
     fn written_back(&self) -> Option<&dyn WrittenBack>;
 }
