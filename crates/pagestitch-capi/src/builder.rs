@@ -184,7 +184,7 @@ pub extern "C" fn ps_builder_on_page_failure(
     ctx: *mut c_void,
 ) -> c_int {
     call::status("ps_builder_on_page_failure", || {
-        let tell = tell.ok_or_else(|| CallError::argument("the function is NULL"))?;
+        let tell = tell.ok_or_else(|| CallError::argument("the function is NULL: pass one"))?;
         let ctx = Context(ctx);
         Builder::borrow(builder)?.change(|builder| {
             builder.on_page_failure(move |offset, failure| {

@@ -21,12 +21,14 @@ impl CallError {
     }
 
     /// The kernel refuses a descriptor that the program has passed.
+    /// A descriptor that cannot be duplicated.
     pub(crate) fn of_descriptor(fd: c_int, error: &std::io::Error) -> Self {
-        Self {
-            status: Status::PsIo,
-            message: format!("descriptor {fd}: {error}: pass an open one"),
-            errno: error.raw_os_error().unwrap_or(0),
-        }
+        let errno = error.raw_os_error().unwrap_or(0);
+        let (status, remedy) = match errno {
+            EMFILE => (Status::PsLimitReached, "raise the limit (ulimit -n)"),
+            _ => (Status::PsIo, "pass an open one"),
+        };
+        Self { status, message: format!("descriptor {fd}: {error}: {remedy}"), errno }
     }
 
     /// Names the element of a list that the error is about.
@@ -68,7 +70,8 @@ pub(crate) fn callback<T>(run: impl FnOnce() -> T) -> T {
 /// Refuses a call of a callback that would end, or wait for, the work that waits for the callback.
 pub(crate) fn outside_callbacks() -> Result<(), CallError> {
     if IN_CALLBACK.get() {
-        let what = "a callback of the program is running in this thread: let it return first";
+        let what = "a callback of the program is running in this thread: let it return first (one that has left by longjmp(3) \
+                    keeps its region and server for good)";
         return Err(CallError::new(Status::PsInUse, what));
     }
     Ok(())
@@ -126,6 +129,9 @@ pub extern "C" fn ps_last_error() -> *const c_char {
 pub extern "C" fn ps_last_errno() -> c_int {
     ERRNO.get()
 }
+
+/// The process has no descriptor left: the same number on all architectures.
+const EMFILE: i32 = 24;
 
 #[cfg(test)]
 mod tests {

@@ -57,7 +57,7 @@ fn taken<H: Handle>(handle: *mut H) -> H {
 
 fn check<H: Handle>(handle: *const H) -> Result<(), CallError> {
     if handle.is_null() {
-        return Err(CallError::argument(format_args!("the {} is a null pointer", H::NAME)));
+        return Err(CallError::argument(format_args!("the {} is a null pointer: pass a handle", H::NAME)));
     }
     live::check(handle.addr(), H::NAME)
 }
@@ -174,7 +174,7 @@ pub(crate) unsafe fn sized<T: Copy>(
 
 fn aligned<T>(start: *const T, what: &str) -> Result<(), CallError> {
     if start.is_null() {
-        return Err(CallError::argument(format_args!("{what} is a null pointer")));
+        return Err(CallError::argument(format_args!("{what} is a null pointer: pass its address")));
     }
     if !start.is_aligned() {
         return Err(CallError::argument(format_args!(

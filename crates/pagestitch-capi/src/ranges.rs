@@ -45,7 +45,8 @@ unsafe impl Send for Lent {}
 impl Piece {
     pub(crate) fn checked(self) -> Result<(NonNull<u8>, usize), CallError> {
         let start = NonNull::new(self.start.cast::<u8>().cast_mut());
-        let start = start.ok_or_else(|| CallError::argument("the memory is a null pointer"))?;
+        let start =
+            start.ok_or_else(|| CallError::argument("the memory is a null pointer: pass its address"))?;
         let end = start.as_ptr().addr().checked_add(self.bytes);
         if end.is_none() || isize::try_from(self.bytes).is_err() {
             return Err(CallError::argument(format_args!(

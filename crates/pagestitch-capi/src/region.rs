@@ -191,7 +191,7 @@ pub extern "C" fn ps_region_changes(
     ctx: *mut c_void,
 ) -> c_int {
     call::status("ps_region_changes", || {
-        let tell = tell.ok_or_else(|| CallError::argument("the function is NULL"))?;
+        let tell = tell.ok_or_else(|| CallError::argument("the function is NULL: pass one"))?;
         let changes = Region::borrow(region)?.region.changes()?;
         call::callback(|| changes.for_each(|range| tell(ctx, range.start, range.end - range.start)));
         Ok(())

@@ -67,8 +67,9 @@ impl CSource {
     pub(crate) fn read(source: *const Source) -> Result<Self, CallError> {
         // SAFETY: all fields are integers, pointers and optional functions.
         let source = unsafe { handle::sized(source, NO_SOURCE, FIRST_SOURCE, "ps_source") }?;
-        let read_at =
-            source.read_at.ok_or_else(|| CallError::argument("the field `read_at` of ps_source is NULL"))?;
+        let read_at = source.read_at.ok_or_else(|| {
+            CallError::argument("the field `read_at` of ps_source is NULL: set it to a function")
+        })?;
         let name = match source.name.is_null() {
             true => String::from("source"),
             false => {
@@ -95,7 +96,9 @@ impl pagestitch::Source for CSource {
         match call::callback(|| (self.read_at)(self.ctx(), offset, start, count)) {
             0 => Ok(()),
             errno if errno > 0 => Err(io::Error::from_raw_os_error(errno)),
-            other => Err(io::Error::other(format!("read_at returned {other}, and not an errno"))),
+            other => {
+                Err(io::Error::other(format!("read_at returned {other}: return 0, or an errno above 0")))
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::{env, fs};
@@ -90,6 +91,20 @@ fn calls_at_the_end_of_a_thread_return_their_errors() {
 #[test]
 fn callbacks_ask_regions_and_free_none_and_a_source_is_released_once() {
     each_compiler_runs("callbacks", &[]);
+}
+
+#[test]
+fn a_callback_that_does_not_return_ends_the_process_or_keeps_its_region() {
+    let folder = tempfile::tempdir().unwrap();
+    // A sanitizer sees the jump across frames of the library.
+    for compiler in compilers().filter(|compiler| !compiler.flags.concat().contains("sanitize")) {
+        let program = compiler.build("tests/c/leaves.c", folder.path(), &["-pthread"]);
+        assert_eq!(run(Command::new(&program).arg("longjmp")), "goes on\n");
+        for way in ["pthread_exit", "exception"] {
+            let Output { status, stdout, .. } = Command::new(&program).arg(way).output().unwrap();
+            assert_eq!((status.signal(), stdout.len()), (Some(6), 0), "{way}: {status}");
+        }
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -92,6 +93,16 @@ static void chunks(ps_server *server) {
     FAILS(ps_add_fd(builder, -1, 0, 1), PS_INVALID_ARGUMENT, "-1");
     FAILS(ps_add_fd(builder, 999999, 0, 1), PS_IO, "descriptor 999999");
     CHECK(ps_last_errno() == EBADF);
+    struct rlimit limit, few;
+    CHECK(!getrlimit(RLIMIT_NOFILE, &limit));
+    few = limit;
+    int last = dup(0);
+    CHECK(last > 2);
+    few.rlim_cur = (rlim_t)last + 1;
+    CHECK(!setrlimit(RLIMIT_NOFILE, &few));
+    FAILS(ps_add_fd(builder, 0, 0, 1), PS_LIMIT_REACHED, "ulimit -n");
+    CHECK(ps_last_errno() == EMFILE);
+    CHECK(!setrlimit(RLIMIT_NOFILE, &limit) && !close(last));
     FAILS(ps_add_file(builder, "/proc/self/exe", UINT64_MAX, 5), PS_INVALID_ARGUMENT, "2^64");
     FAILS(ps_add_alias(builder, &byte, 1), PS_UNUSABLE_MEMORY, "");
     FAILS(ps_add_physical(builder, UINT64_MAX, 4096), PS_INVALID_ARGUMENT, "reach 2^64");
