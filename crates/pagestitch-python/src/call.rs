@@ -5,6 +5,7 @@
 //! returns: in an error that the region keeps, it would keep its frames, and they the region.
 
 use crate::error::exception;
+use crate::names::in_python;
 use crate::raised::Raised;
 use pyo3::exceptions::{PyException, PyOSError, PyRecursionError};
 use pyo3::prelude::*;
@@ -62,7 +63,7 @@ pub(crate) fn without_interpreter<T: Send>(
 
 fn raised_by_source(py: Python<'_>, raised: PyErr, error: &pagestitch::Error) -> PyErr {
     if raised.is_instance_of::<PyOSError>(py) {
-        let _ = raised.value(py).call_method1("add_note", (error.to_string(),));
+        let _ = raised.value(py).call_method1("add_note", (in_python(&error.to_string()),));
         return raised;
     }
     let exception = exception(error);

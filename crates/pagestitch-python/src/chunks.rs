@@ -3,11 +3,11 @@
 use crate::error::{of, of_descriptor};
 use crate::held::Held;
 use crate::lent::Lent;
-use crate::numbers::{length, offset, optional_length};
+use crate::numbers::{length, offset, optional_length, shown};
 use crate::source::PythonSource;
 use pagestitch::source::{FileSource, Memory, SharedFile};
 use pagestitch::{Access, Chunk};
-use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyAttributeError, PyOSError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString, PyTuple};
 use std::fs;
@@ -103,7 +103,7 @@ impl File {
         match &self.place {
             Place::Path(path) => SharedFile::open(path, access).map_err(of),
             Place::Open(file, number) => {
-                SharedFile::try_from(file.try_clone()?).map_err(|error| of_descriptor(*number, error))
+                SharedFile::try_from(clone(file, *number)?).map_err(|error| of_descriptor(*number, error))
             }
         }
     }
@@ -112,7 +112,7 @@ impl File {
         match &self.place {
             Place::Path(path) => FileSource::open(path).map_err(of),
             Place::Open(file, number) => {
-                FileSource::try_from(file.try_clone()?).map_err(|error| of_descriptor(*number, error))
+                FileSource::try_from(clone(file, *number)?).map_err(|error| of_descriptor(*number, error))
             }
         }
     }
@@ -140,24 +140,39 @@ fn descriptor(file: &Bound<'_, PyAny>) -> PyResult<RawFd> {
         true => file.call_method0("fileno")?,
         false => file.clone(),
     };
-    number.extract().map_err(|_| {
-        PyTypeError::new_err("a file is a path, an object with fileno(), or the number of an open descriptor")
+    number.extract().map_err(|error: PyErr| match error.is_instance_of::<PyOverflowError>(file.py()) {
+        true => is_not_open(&shown(&number)),
+        false => PyTypeError::new_err(
+            "a file is a path, an object with fileno(), or the number of an open descriptor",
+        ),
     })
+}
+
+fn is_not_open(number: &str) -> PyErr {
+    PyValueError::new_err(format!("the descriptor is {number}: pass an open one"))
 }
 
 /// A descriptor of its own for an open file.
 fn duplicate(number: RawFd) -> PyResult<fs::File> {
     if number < 0 {
-        return Err(PyValueError::new_err(format!("the descriptor is {number}: pass an open one")));
+        return Err(is_not_open(&number.to_string()));
     }
     // SAFETY: the descriptor is borrowed for this call, in which no Python code runs. A closed one is EBADF.
     let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
     let duplicated = borrowed.try_clone_to_owned();
-    duplicated.map(fs::File::from).map_err(|error| {
-        let message = format!("descriptor {number}: {error}: pass an open one");
-        PyOSError::new_err((error.raw_os_error(), message))
+    duplicated.map(fs::File::from).map_err(|error| match error.raw_os_error() {
+        Some(EBADF) => PyOSError::new_err((EBADF, format!("descriptor {number}: {error}: pass an open one"))),
+        _ => of_descriptor(number, error),
     })
 }
+
+/// A descriptor of its own for a chunk.
+fn clone(file: &fs::File, number: RawFd) -> PyResult<fs::File> {
+    file.try_clone().map_err(|error| of_descriptor(number, error))
+}
+
+/// The errno of a closed descriptor.
+const EBADF: i32 = 9;
 
 /// An object in the list of a region's chunks.
 pub(crate) struct Listed {
@@ -171,8 +186,8 @@ pub(crate) struct Listed {
 impl Listed {
     /// The chunk that an object stands for.
     pub(crate) fn of(object: &Bound<'_, PyAny>, access: Access) -> PyResult<Self> {
-        if object.hasattr("read_at")? && object.hasattr("size")? {
-            let source = PythonSource::of(object)?;
+        if let Some(size) = size_of_source(object)? {
+            let source = PythonSource::new(object, &size)?;
             let held = Some(Held::Source(Arc::clone(source.object())));
             return Ok(Self { chunk: Chunk::source(Arc::new(source)), held, in_python: true });
         }
@@ -199,6 +214,24 @@ impl Listed {
         let is_bytes = object.is_exact_instance_of::<PyBytes>();
         let held = (!is_bytes).then(|| Held::Exporter(Arc::clone(lent.export())));
         Ok(Self { chunk: Chunk::from(Memory::new(lent)), held, in_python: false })
+    }
+}
+
+/// The size of an object with `read_at` and `size`; none, if it lacks one of them.
+fn size_of_source<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    if !object.hasattr("read_at")? {
+        return Ok(None);
+    }
+    match object.getattr("size") {
+        Ok(size) => Ok(Some(size)),
+        // A property that raises it, as one of its own attributes is absent, is an attribute of the type.
+        Err(error)
+            if error.is_instance_of::<PyAttributeError>(object.py())
+                && !object.get_type().hasattr("size")? =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
 }
 

@@ -11,22 +11,45 @@ mod chunks;
 mod error;
 mod held;
 mod lent;
+mod names;
 mod numbers;
 mod raised;
 mod region;
 mod server;
 mod source;
 
+use pyo3::exceptions::PyImportError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+
 /// Scattered memory and files as one buffer, filled on first touch.
-#[pyo3::pymodule]
+#[pymodule]
 #[pyo3(name = "pagestitch")]
-mod native {
-    #[pymodule_export]
-    use crate::chunks::{File, Hole};
-    #[pymodule_export]
-    use crate::error::Error;
-    #[pymodule_export]
-    use crate::region::Region;
-    #[pymodule_export]
-    use crate::server::Pool;
+fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    // Before the types are made: their objects would belong to the subinterpreter, which ends.
+    refuse_subinterpreter(module.py())?;
+    module.add_class::<chunks::File>()?;
+    module.add_class::<chunks::Hole>()?;
+    module.add("Error", module.py().get_type::<error::Error>())?;
+    module.add_class::<region::Region>()?;
+    module.add_class::<server::Pool>()
 }
+
+/// A region attaches its thread to the main interpreter, which waits for ever while a subinterpreter has
+/// the lock. Python 3.12 and newer refuse the import in subinterpreters with a lock of their own.
+fn refuse_subinterpreter(_attached: Python<'_>) -> PyResult<()> {
+    // SAFETY: the thread is attached to an interpreter, which is the current one.
+    let interpreter = unsafe { ffi::PyInterpreterState_Get() };
+    // SAFETY: the interpreter lives while the thread is attached to it.
+    let number = unsafe { ffi::PyInterpreterState_GetID(interpreter) };
+    if number == MAIN_INTERPRETER {
+        return Ok(());
+    }
+    Err(PyImportError::new_err(
+        "pagestitch works in the main interpreter only, and this is a subinterpreter: import it in the main one, \
+         or start a process (multiprocessing)",
+    ))
+}
+
+/// The number of the interpreter with which Python starts.
+const MAIN_INTERPRETER: i64 = 0;

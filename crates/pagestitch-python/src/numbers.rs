@@ -6,12 +6,19 @@ use pyo3::prelude::*;
 /// The number that an object is.
 pub(crate) fn number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<u64> {
     value.extract().map_err(|error: PyErr| match error.is_instance_of::<PyOverflowError>(value.py()) {
-        true => PyOverflowError::new_err(format!("{name} is {value}: pass a number from 0 to 2**64 - 1")),
+        true => {
+            PyOverflowError::new_err(format!("{name} is {}: pass a number from 0 to 2**64 - 1", shown(value)))
+        }
         false => match value.get_type().name() {
             Ok(kind) => PyTypeError::new_err(format!("{name} is of the type {kind}: pass an integer")),
             Err(error) => error,
         },
     })
+}
+
+/// The digits of a number, which Python does not print if they are thousands.
+pub(crate) fn shown(number: &Bound<'_, PyAny>) -> String {
+    number.str().map_or_else(|_| String::from("a number of thousands of digits"), |digits| digits.to_string())
 }
 
 /// The number that an object is, or none.

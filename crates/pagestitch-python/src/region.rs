@@ -5,12 +5,13 @@ use crate::chunks::Listed;
 use crate::error::{Error, exception};
 use crate::held::Held;
 use crate::lent::release_given_up;
+use crate::names::in_python;
 use crate::numbers::{length, offset, optional_budget, optional_length};
 use crate::server::{self, Chosen};
 use pagestitch::{Access, Builder, ErrorKind, SharedRegion};
 use pyo3::exceptions::{PyBufferError, PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyMemoryView, PyString};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyIterator, PyList, PyMemoryView, PyString};
 use pyo3::{PyTraverseError, PyVisit, ffi};
 use std::ffi::{c_int, c_void};
 use std::ops::{Deref, Range};
@@ -156,7 +157,7 @@ impl Region {
 
     /// How the pages of each chunk come, and why: text.
     fn plan(&self) -> PyResult<String> {
-        Ok(self.open()?.plan().to_string())
+        Ok(in_python(&self.open()?.plan().to_string()))
     }
 
     /// The counters by name.
@@ -398,7 +399,10 @@ impl Arguments<'_> {
 
 /// The objects in an argument that lists the chunks.
 fn listed<'py>(chunks: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyIterator>> {
-    if chunks.is_instance_of::<PyString>() || chunks.is_instance_of::<PyBytes>() {
+    let is_bytes = chunks.is_instance_of::<PyBytes>()
+        || chunks.is_instance_of::<PyByteArray>()
+        || chunks.is_instance_of::<PyMemoryView>();
+    if is_bytes || chunks.is_instance_of::<PyString>() {
         return Err(PyTypeError::new_err("the chunks are a list, also if there is one: pass [x]"));
     }
     chunks.try_iter()

@@ -20,8 +20,8 @@ pub(crate) struct PythonSource {
 }
 
 impl PythonSource {
-    pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let bytes = number("size", &object.getattr("size")?)?;
+    pub(crate) fn new(object: &Bound<'_, PyAny>, size: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let bytes = number("size", size)?;
         let name = object.get_type().name()?.to_string();
         Ok(Self { object: Arc::new(object.clone().unbind()), bytes, name })
     }

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -75,3 +76,34 @@ def send_when_filling(region):
     while filled(region) == 0:
         time.sleep(1e-5)
     signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+
+IN_SUBINTERPRETERS = """
+try:
+    import _interpreters
+    make = lambda: _interpreters.create("legacy")
+    run = lambda number, code: _interpreters.exec(number, code)
+except ImportError:
+    import _xxsubinterpreters as _interpreters
+    make, run = _interpreters.create, _interpreters.run_string
+CODE = '''
+try:
+    import pagestitch
+except ImportError as error:
+    assert "pagestitch works in the main interpreter only" in str(error), error
+else:
+    pagestitch.Region([b"x"], server="eager")
+    raise AssertionError("the import has succeeded")
+'''
+first, second = make(), make()
+assert not run(first, CODE)
+import pagestitch
+assert bytes(pagestitch.Region([b"of the main interpreter"])) == b"of the main interpreter"
+assert not run(second, CODE)
+"""
+
+
+def test_a_subinterpreter_refuses_the_import_and_the_process_ends():
+    """Before and after the import in the main interpreter. A process that hangs at its end runs into the limit."""
+    done = subprocess.run([sys.executable, "-c", IN_SUBINTERPRETERS], capture_output=True, timeout=120, text=True)
+    assert done.returncode == 0, done.stderr
