@@ -85,7 +85,8 @@ try:
     run = lambda number, code: _interpreters.exec(number, code)
 except ImportError:
     import _xxsubinterpreters as _interpreters
-    make, run = _interpreters.create, _interpreters.run_string
+    make = lambda: _interpreters.create(isolated=False)
+    run = _interpreters.run_string
 CODE = '''
 try:
     import pagestitch

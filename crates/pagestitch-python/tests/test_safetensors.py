@@ -2,9 +2,13 @@
 
 import ctypes
 import importlib.util
+import json
 import mmap
 import os
 import pathlib
+import struct
+import subprocess
+import sys
 
 import numpy
 import pagestitch
@@ -142,3 +146,75 @@ def test_safetensors_reads_the_region_of_all_shards_as_one_file(example, shards)
     loaded = safetensors.numpy.load(content)
     assert all(numpy.array_equal(loaded[name], tensors[name]) for name in tensors)
     assert {name for name, _ in safetensors.deserialize(content)} >= set(tensors)
+
+
+def shard(path, header, tensors=b""):
+    """A file with a header, which is bytes or an object for JSON."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + tensors)
+    return path
+
+
+def tensor(dtype, shape, start, end):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "<u2", "<u4", "<u8", "i1", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8"])
+def test_each_type_of_numpy_is_shown(example, tmp_path, dtype):
+    expected = numpy.array([[0, 1, 1], [1, 0, 1]]).astype(dtype)
+    safetensors.numpy.save_file({"numbers": expected}, tmp_path / "1")
+    shown = example.Shards([tmp_path / "1"])["numbers"]
+    assert shown.dtype == expected.dtype and numpy.array_equal(shown, expected)
+
+
+@pytest.mark.parametrize("dtype, size", [("BF16", 2), ("F8_E4M3", 1), ("F8_E5M2", 1)])
+def test_a_type_that_numpy_lacks_is_an_error_that_names_the_tensor_and_raw_has_its_bytes(example, tmp_path, dtype, size):
+    content = os.urandom(4 * size)
+    path = shard(tmp_path / "1", {"w": tensor(dtype, [4], 0, 4 * size)}, content)
+    shown = example.Shards([path])
+    with pytest.raises(TypeError, match=rf"tensor 'w' has the type {dtype}, which numpy lacks: .*shards.raw\('w'\)"):
+        shown["w"]
+    assert shown.raw("w").tobytes() == content
+
+
+def test_a_name_in_two_shards_is_an_error_that_names_both(example, tmp_path):
+    paths = [shard(tmp_path / str(number), {"w": tensor("U8", [1], 0, 1)}, b"x") for number in range(2)]
+    with pytest.raises(ValueError, match="tensor 'w' is in .*/0 and in .*/1"):
+        example.Shards(paths)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"{",
+        b"[" * 100_000,
+        b"\xff",
+        [1],
+        {"w": 1},
+        {"w": {"dtype": "U8", "shape": [1]}},
+        {"w": tensor("U8", [2], 0, 2)},
+        {"w": tensor("U8", [1], 1, 0)},
+        {"w": tensor("U8", [-1], -1, 0)},
+        {"w": tensor("F32", [1], 0, 1)},
+        {"w": tensor("U8", ["1"], 0, 1)},
+        {"w": tensor(["U8"], [1], 0, 1)},
+    ],
+    ids=lambda header: repr(header)[:40],
+)
+def test_a_broken_header_is_an_error_that_names_the_file(example, tmp_path, header):
+    with pytest.raises(ValueError, match="broken has no header of safetensors"):
+        example.Shards([shard(tmp_path / "broken", header, b"x")])
+
+
+@pytest.mark.parametrize("content", [b"", b"short", struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 3) + b"{}"])
+def test_a_file_that_is_cut_off_is_an_error_that_names_it(example, tmp_path, content):
+    (tmp_path / "broken").write_bytes(content)
+    with pytest.raises(ValueError, match="broken has no header of safetensors, or is cut off"):
+        example.Shards([tmp_path / "broken"])
+
+
+def test_the_example_lists_the_tensors_of_its_arguments(tmp_path):
+    path = shard(tmp_path / "1", {"w": tensor("BF16", [2, 1], 0, 4)}, bytes(4))
+    done = subprocess.run([sys.executable, EXAMPLE, path], capture_output=True, timeout=120, text=True)
+    assert (done.returncode, done.stdout) == (0, "w: BF16 [2, 1], 4 bytes\n"), done.stderr
