@@ -249,6 +249,7 @@ impl OwnedMapping {
         Ok(Self::at_address(start, bytes, ForkGeneration::current()))
     }
 
+    #[inline]
     pub(crate) const fn start(&self) -> NonNull<c_void> {
         self.start
     }

@@ -540,6 +540,7 @@ impl View {
 
     /// The address of the first byte, for code that works with raw pointers.
     #[must_use]
+    #[inline]
     pub fn as_ptr(&self) -> NonNull<u8> {
         self.reservation.mapping.start().cast()
     }

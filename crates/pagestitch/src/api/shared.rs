@@ -70,6 +70,7 @@ impl SharedRegion {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     #[must_use]
+    #[inline]
     pub fn as_ptr(&self) -> NonNull<u8> {
         self.view.as_ptr()
     }
