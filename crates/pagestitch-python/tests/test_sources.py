@@ -222,8 +222,13 @@ def test_an_interrupt_from_the_keyboard_ends_a_populate():
         return read(offset, length)
 
     source.read_at = read_at
-    with pytest.raises(KeyboardInterrupt):
-        pagestitch.Region([source]).populate()
+    # A shell starts programs in the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pagestitch.Region([source]).populate()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Cyclic(Pattern):
