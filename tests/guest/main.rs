@@ -400,8 +400,8 @@ fn wait(mut guest: Child) -> &'static str {
 }
 
 /// A list of the failed tests, of those that ran for long and have no result, and of those that may have ended their
-/// program by a signal. It ends the message, because a long
-/// output is often kept only in part. It has the form of the test runner's own list, from which `.ci/run` takes the names.
+/// program by a signal. It ends the message, because a long output is often kept only in part. It has the form of the
+/// test runner's own list, from which `.ci/run` takes the names.
 fn names(said: &str) -> String {
     let tests = || said.lines().filter_map(|line| line.strip_prefix("test "));
     let failed = tests().filter_map(|line| line.split_once(" ... FAILED")).map(|(name, _)| name.to_owned());

@@ -20,8 +20,7 @@ impl CallError {
         Self { status, message: message.to_string(), errno: 0 }
     }
 
-    /// The kernel refuses a descriptor that the program has passed.
-    /// A descriptor that cannot be duplicated.
+    /// The kernel refuses to duplicate a descriptor that the program has passed.
     pub(crate) fn of_descriptor(fd: c_int, error: &std::io::Error) -> Self {
         let errno = error.raw_os_error().unwrap_or(0);
         let (status, remedy) = match errno {

@@ -19,9 +19,9 @@ impl AnyRegion {
             if !go_on() {
                 return Ok(());
             }
-            self.edges(run, device).into_iter().for_each(|edge| reservation.will_need(edge));
-            let in_pieces = file_readahead::window(device) < WINDOW_MIN;
-            self.read_run(reservation, run, in_pieces, go_on)
+            let window = file_readahead::window(device);
+            self.edges(run, window).into_iter().for_each(|edge| reservation.will_need(edge));
+            self.read_run(reservation, run, window < WINDOW_MIN, go_on)
         })
     }
 
@@ -30,10 +30,8 @@ impl AnyRegion {
     pub(super) fn begin_to_read_in_place(&self, span: Span) {
         let begun = self.each_file_run(span, |reservation, run, (device, shows_residency)| {
             let is_needed = |edge: &Span| !shows_residency || !has_all(reservation, *edge);
-            self.edges(run, device)
-                .into_iter()
-                .filter(is_needed)
-                .for_each(|edge| reservation.will_need(edge));
+            let edges = self.edges(run, file_readahead::window(device));
+            edges.into_iter().filter(is_needed).for_each(|edge| reservation.will_need(edge));
             Ok(())
         });
         debug_assert!(begun.is_ok(), "no run fails");
@@ -64,15 +62,16 @@ impl AnyRegion {
     /// The pages of a run that are read alone: all of a short run, and both ends of a long one, from where the
     /// kernel's readahead would reach outside of the run. They are few, because the kernel gives each page that
     /// is read alone a frame of its own, whose later touches take longer.
-    fn edges(&self, run: Span, device: u64) -> [Span; 2] {
+    fn edges(&self, run: Span, window: usize) -> [Span; 2] {
         let page = self.served.page_size().bytes();
         if run.pages <= SHORT / page {
             return [run, run.prefix(0)];
         }
         // Twice as much as the window of the device asks for, because that of a descriptor may be twice as long.
-        let window = file_readahead::window(device).max(WINDOW_MIN);
+        let window = window.max(WINDOW_MIN);
         let first = run.prefix(window.min(BEFORE_MAX) / page);
-        [first, run.without_prefix(first.pages).suffix((4 * window).min(BEHIND_MAX) / page)]
+        let behind = window.saturating_mul(4).min(BEHIND_MAX);
+        [first, run.without_prefix(first.pages).suffix(behind / page)]
     }
 
     /// Reads and maps the pages of a run. `in_pieces`: the kernel's readahead would read few pages at once.
