@@ -256,6 +256,31 @@ fn a_refused_guest_gets_a_signal() {
     }
 }
 
+/// A thread that waits at a protected page continues, as one that waits at a poison marker does. Both wait
+/// for the reader of a message, and a refused guest has none.
+#[test]
+fn a_thread_that_waits_in_a_refused_guest_continues() {
+    let body = child::body(this_test!(), |path| {
+        let guest = Guest::protectable(&[100 * PAGE]).unwrap();
+        guest.fill_first();
+        guest.protect().unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| guest.write(0, 7));
+            until(|| guest.has_waiters());
+            let stream = UnixStream::connect(path).unwrap();
+            fd_passing::send(&stream, b"HELO", &[guest.uffd()]).unwrap();
+            assert_eq!((&stream).read(&mut [0]).unwrap_or(0), 0, "the handler closes the connection");
+        });
+        assert_eq!(guest.read(0), 7);
+        println!("read a byte: {}", guest.read(PAGE));
+    });
+    let running = start();
+    let mut guest = body.spawn(running.socket());
+    let ended = until_ended(&mut guest);
+    let end = guest.wait();
+    assert!(ended && end.signal() == Some(signal_of_lost_page()), "{ended}, {}", end.output());
+}
+
 /// True if a child ends. Kills it if it hangs.
 fn until_ended(child: &mut child::ChildTest) -> bool {
     let stat = format!("/proc/{}/stat", child.id());

@@ -3,7 +3,7 @@
 
 use pagestitch::{OnUnavailable, Process};
 use pagestitch_kernel::Features;
-use pagestitch_kernel::{AddressRange, Errno, Outcome, PageSize, Uffd};
+use pagestitch_kernel::{AddressRange, Batch, Errno, Outcome, PageSize, Uffd};
 use std::fs;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -62,6 +62,7 @@ impl RefusedGuest<'_> {
         for range in mapped.as_ref().unwrap_or(&self.announced) {
             pass.range(range)?;
         }
+        pass.read_events();
         Ok(())
     }
 }
@@ -92,8 +93,19 @@ struct PoisonPass<'a> {
 }
 
 impl PoisonPass<'_> {
-    /// Poisons the missing pages of a range that is registered with this userfaultfd.
+    /// Poisons the missing pages of a range that is registered with this userfaultfd, and ends the
+    /// registration. A registered range lets threads wait for a message that no thread reads: at a
+    /// write-protected page, and now and then at a poison marker.
     fn range(&mut self, range: &Range<usize>) -> Result<(), Outcome> {
+        self.poison(range)?;
+        if let Some(addresses) = AddressRange::new(range.start, range.len(), PageSize::system()) {
+            // A refusal means other memory, or that the guest has changed its mappings.
+            let _ = self.uffd.unregister(addresses);
+        }
+        Ok(())
+    }
+
+    fn poison(&mut self, range: &Range<usize>) -> Result<(), Outcome> {
         let mut at = range.start;
         while at < range.end {
             let end = (at / HUGE_PAGE + 1).saturating_mul(HUGE_PAGE).min(range.end);
@@ -113,9 +125,8 @@ impl PoisonPass<'_> {
                 }
                 Outcome::NotRegistered => end - at,
                 Outcome::ProcessGone => return Ok(()),
-                // The guest changes its mappings, and waits for an event that no thread reads any
-                // more.
                 Outcome::Changing => {
+                    self.read_events();
                     thread::yield_now();
                     0
                 }
@@ -126,8 +137,19 @@ impl PoisonPass<'_> {
         }
         Ok(())
     }
+
+    /// Lets threads that change mappings of the guest continue: each waits until its event is read. The
+    /// event of a fork stays unread, and the guest is killed, because missing pages of a child are zeros.
+    fn read_events(&self) {
+        if !self.uffd.features().contains(Features::EVENT_FORK) {
+            // A message that cannot be decoded is read all the same.
+            let _ = Batch::with_capacity(MESSAGES).read(self.uffd, PageSize::system());
+        }
+    }
 }
 
+/// The most messages of one read.
+const MESSAGES: usize = 64;
 /// The size of one step: a huge page.
 const HUGE_PAGE: usize = 2 << 20;
 /// The time limit.

@@ -331,6 +331,21 @@ impl Guest {
         }
     }
 
+    /// Fills the first page of its memory with zeros.
+    ///
+    /// # Panics
+    ///
+    /// If the page was present, or if the guest has no memory.
+    pub fn fill_first(&self) {
+        assert!(self.fill_more(&self.ranges[0]), "a missing page");
+    }
+
+    /// True if a thread waits for a page, or to write to a protected one.
+    #[must_use]
+    pub fn has_waiters(&self) -> bool {
+        self.uffd.has_waiters()
+    }
+
     /// Moves one of the announced ranges to other addresses, and returns its new place. The guest
     /// loses the range.
     ///

@@ -94,15 +94,19 @@ impl Uffd {
         unsafe { register(self.as_fd(), range, modes) }
     }
 
-    /// Ends the registration of a range. Threads that wait for a missing page there read **zeros**:
-    /// poison the pages first.
+    /// Ends the registration of a range, and wakes the threads that wait there. Those that wait for a
+    /// missing page read **zeros**: poison the pages first.
     ///
     /// # Errors
     ///
     /// The kernel's errno.
     #[doc(alias = "UFFDIO_UNREGISTER")]
     pub fn unregister(&self, range: AddressRange) -> Result<(), Errno> {
-        unregister(self.as_fd(), range)
+        let ended = unregister(self.as_fd(), range);
+        // The kernel wakes the threads before it has the lock of the mapping. A fault that holds this lock
+        // shared begins to wait after that wake: also on a poison marker, which it takes for a missing page.
+        let _ = wake(self.as_fd(), range);
+        ended
     }
 
     /// Wakes the threads that wait in `range`; each tries its access again.

@@ -70,7 +70,11 @@ struct State {
     /// False if discards have no event.
     tells: bool,
     next: usize,
+    /// Faults that have seen the entry of their page and are not in the list of waiting threads yet. They
+    /// hold the lock of the mapping shared.
+    looking: usize,
     fenced: bool,
+    unregistered: bool,
     closed: bool,
     stopped: bool,
 }
@@ -86,7 +90,9 @@ impl Kernel {
             changing: 0,
             tells: true,
             next: 0,
+            looking: 0,
             fenced: false,
+            unregistered: false,
             closed: false,
             stopped: false,
         };
@@ -107,8 +113,17 @@ impl Kernel {
                 Entry::Present(Content::Bytes) => return Found::Bytes,
                 Entry::Present(Content::Zeros) => return Found::Discarded,
                 Entry::Marked => return Found::Signal,
-                Entry::Missing if state.closed => return Found::Zeros,
+                Entry::Missing if state.closed || state.unregistered => return Found::Zeros,
                 Entry::Missing => {}
+            }
+            state.looking += 1;
+            drop(state);
+            state = self.lock();
+            state.looking -= 1;
+            self.changed.notify_all();
+            // The second look of the kernel takes a marker for a missing page.
+            if matches!(state.entries[page.0], Entry::Present(_)) {
+                continue;
             }
             let number = state.number();
             state.touched.push(page);
@@ -237,21 +252,32 @@ impl Kernel {
 
     /// The range becomes inaccessible. Waiting threads still wait.
     pub(super) fn fence(&self) {
-        self.lock().fenced = true;
+        self.lock_mapping().fenced = true;
+    }
+
+    /// UFFDIO_UNREGISTER: waiting threads continue. The kernel wakes them before it has the lock of the
+    /// mapping.
+    pub(super) fn unregister(&self) {
+        self.wake_all(&mut self.lock());
+        self.lock_mapping().unregistered = true;
     }
 
     /// `close(2)` of the uffd: waiting threads continue, and read zeros as in any memory.
     pub(super) fn close(&self) {
-        let mut state = self.lock();
+        let mut state = self.lock_mapping();
         state.closed = true;
-        let all = Span { first: Page(0), pages: state.entries.len() };
-        self.wake_in(&mut state, all);
+        self.wake_all(&mut state);
     }
 
     /// Ends the run: no thread touches pages any more, and the workers return.
     pub(super) fn stop(&self) {
         self.lock().stopped = true;
         self.changed.notify_all();
+    }
+
+    fn wake_all(&self, state: &mut State) {
+        let all = Span { first: Page(0), pages: state.entries.len() };
+        self.wake_in(state, all);
     }
 
     fn wake_in(&self, state: &mut State, span: Span) {
@@ -263,6 +289,15 @@ impl Kernel {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
+    }
+
+    /// The lock of the mapping, exclusively: waits for the faults that hold it.
+    fn lock_mapping(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        while state.looking > 0 {
+            state = self.changed.wait(state).unwrap();
+        }
+        state
     }
 }
 

@@ -39,11 +39,14 @@ impl Dropped {
             for page in BOTH.iter() {
                 self.region.kernel.poison(page);
             }
+            // No close: the owner holds the uffd too.
+            self.region.kernel.unregister();
+            self.region.kernel.wake(BOTH);
         } else {
             self.region.kernel.fence();
+            self.region.kernel.wake(BOTH);
+            self.region.kernel.close();
         }
-        self.region.kernel.wake(BOTH);
-        self.region.kernel.close();
     }
 }
 
