@@ -51,13 +51,36 @@ pub(crate) enum Content<'a> {
 /// allocate nothing.
 #[derive(Debug)]
 pub(crate) struct Buffers {
-    pages: Vec<u8>,
+    pages: WholePages,
     block: Staging,
 }
 
 impl Buffers {
     pub(crate) fn new() -> Result<Self, Errno> {
-        Ok(Self { pages: vec![0; PAGES * PageSize::system().bytes()], block: Staging::new()? })
+        Ok(Self { pages: WholePages::new(PAGES), block: Staging::new()? })
+    }
+}
+
+/// A buffer of whole pages. It begins at the address of a page, because the disk writes to no other without a copy
+/// (`O_DIRECT`), and because the kernel copies faster from there.
+#[derive(Debug)]
+struct WholePages {
+    room: Vec<u8>,
+    start: usize,
+}
+
+impl WholePages {
+    fn new(pages: usize) -> Self {
+        let page = PageSize::system().bytes();
+        let room = vec![0; (pages + 1) * page];
+        let start = room.as_ptr().align_offset(page);
+        Self { room, start }
+    }
+
+    /// The bytes of all pages.
+    fn bytes(&mut self) -> &mut [u8] {
+        let end = self.room.len() - PageSize::system().bytes();
+        &mut self.room[self.start..][..end]
     }
 }
 
@@ -87,7 +110,8 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
     if removed {
         return Ok(Filled { pages: span.pages, content: Content::Zero });
     }
-    let Buffers { pages: staging, block } = buffers;
+    let Buffers { pages, block } = buffers;
+    let staging = pages.bytes();
     let stages = |whole: &Span| stage(layout, page.offsets(*whole), block).is_some();
     if let Some(whole) = region.stageable_block(span).filter(stages) {
         return Ok(Filled { pages: whole.pages, content: Content::StagedMove(block) });
@@ -127,7 +151,7 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
         | Backing::Donated(_)
         | Backing::Shared(_)
         | Backing::Mapped(_) => {
-            let (most, buffers) = (whole as u64 * page.bytes() as u64, (&mut staging[..], block));
+            let (most, buffers) = (whole as u64 * page.bytes() as u64, (staging, block));
             let most = most.min(layout.read_length(offsets.start, buffers.0.len() as u64));
             read_pages(&piece, page, most as usize, buffers)
         }
@@ -285,7 +309,8 @@ pub(crate) fn fill_zeroing<'a>(
     buffers: &'a mut Buffers,
 ) -> Result<Filled<'a>, Failure> {
     let size = region.page_size().bytes();
-    let staging = if size > buffers.pages.len() { buffers.block.fresh() } else { &mut buffers.pages };
+    let staging = buffers.pages.bytes();
+    let staging = if size > staging.len() { buffers.block.fresh() } else { staging };
     gather_or(&region.layout, region.page_size().offsets(page.span()), staging, |failure, into| {
         let is_lost = failure.reason == FailureReason::Released;
         if is_lost || region.layout.on_failure(failure.chunk) != OnFailure::Zeros {
@@ -336,3 +361,18 @@ pub(crate) fn asked(ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
 const PAGES: usize = 64;
 /// Holes shorter than this many bytes do not keep a block from being staged.
 const HOLE_MAX: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_of_whole_pages_begins_and_ends_at_pages() {
+        let page = PageSize::system().bytes();
+        for pages in [1, PAGES] {
+            let mut buffer = WholePages::new(pages);
+            let bytes = buffer.bytes();
+            assert_eq!((bytes.as_ptr().addr() % page, bytes.len()), (0, pages * page));
+        }
+    }
+}
