@@ -40,9 +40,7 @@ pub fn run(workload: &Workload, options: &Options, watcher: &mut dyn Watcher) ->
             break;
         }
         for turn in 0..count {
-            // Each round begins with another case, so that no case is always the first after a
-            // pause.
-            let index = (turn + round) % count;
+            let index = case_at(turn, round, count);
             let name = format!("{} {} {}", workload.name, cases[index].system, cases[index].point);
             if !watcher.next(round * count + turn, options.rounds * count, name.trim_end()) {
                 // Every case keeps the same number of rounds.
@@ -58,6 +56,13 @@ pub fn run(workload: &Workload, options: &Options, watcher: &mut dyn Watcher) ->
     } else {
         Vec::new()
     }
+}
+
+/// The case at a place of a round. Each round begins with another case, so that no case is always the first after
+/// a pause, and every other round runs backwards, so that no case always finds the memory that one other leaves.
+const fn case_at(turn: usize, round: usize, count: usize) -> usize {
+    let place = (turn + round) % count;
+    if round.is_multiple_of(2) { place } else { count - 1 - place }
 }
 
 /// True if the time limit lets another round begin after so many.
@@ -167,5 +172,12 @@ mod tests {
         assert!(may_begin(60, 0), "the first round always begins");
         assert!(may_begin(5, 1) && may_begin(8, 4) && !may_begin(6, 1) && !may_begin(9, 4));
         assert!(has_time(&Options::default(), Duration::from_secs(1000), 3), "without a limit");
+    }
+
+    #[test]
+    fn each_round_has_all_cases_and_each_case_follows_others() {
+        let round = |round| (0..5).map(|turn| case_at(turn, round, 5)).collect::<Vec<_>>();
+        assert_eq!([round(0), round(1), round(2)], [[0, 1, 2, 3, 4], [3, 2, 1, 0, 4], [2, 3, 4, 0, 1]]);
+        assert_eq!((0..3).map(|turn| case_at(turn, 7, 3)).sum::<usize>(), 3);
     }
 }

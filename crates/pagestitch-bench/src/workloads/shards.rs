@@ -26,8 +26,8 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
             let shards = Arc::clone(&shards);
             let bytes = shards.tensor * TENSORS;
             let run = move |_| {
-                // Each system finds the same bytes in the processor's caches, whatever ran before.
-                black_box(shards.mapped(used));
+                // Each system finds its own code and the bytes in the processor's caches, whatever ran before.
+                black_box(show(&shards));
                 Sample::of(bytes / PAGE, bytes, || black_box(show(&shards)))
             };
             cases.push(Case::new(system, run).at(point).chunks_of(options.size(TENSOR)).against(&["mmap"]));
