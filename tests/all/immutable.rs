@@ -9,6 +9,7 @@ use pagestitch_kernel::{Features, Support};
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
 use std::io::Write;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -227,10 +228,10 @@ fn populate_maps_the_pages_of_an_immutable_file() {
     }
 }
 
-/// Beside each range there is more than the kernel's readahead would read.
+/// Beside each range there is more than the kernel's readahead would read. The kernel reclaims pages at any time,
+/// without need too (DAMON), and the touch of such a page reads others: so one of some tries counts.
 #[test]
 fn no_page_of_a_file_in_place_is_read_outside_of_a_populated_or_prefetched_range() {
-    const PAGES: usize = (80 << 20) / PAGE;
     if !has_populate_read() || keeps_files_in_memory(&std::env::temp_dir()) {
         return println!("SKIPPED {}: files stay in the page cache", this_test!());
     }
@@ -240,28 +241,38 @@ fn no_page_of_a_file_in_place_is_read_outside_of_a_populated_or_prefetched_range
     for (range, prefetches) in
         [(5000..5001, false), (7000..7700, true), (6000..15_000, false), (5000..14_000, true)]
     {
-        let shared = || Arc::new(SharedFile::open(file.path(), Access::ReadOnly).unwrap());
-        let chunk = match range.len() {
-            1 => Chunk::from(shared()),
-            700 => Chunk::copy_on_write(shared()),
-            _ => Chunk::from(open(file.path()).unwrap()),
-        };
-        let region = Region::builder().chunk(chunk).build_shared(&Pool::new().unwrap()).unwrap();
-        until(|| {
-            posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
-            (0..PAGES).all(|page| !is_in_memory(&region, page))
-        });
-        let bytes = (range.start * PAGE) as u64..(range.end * PAGE) as u64;
-        if prefetches {
-            region.prefetch(bytes).unwrap().wait();
-            range.clone().for_each(|page| region.read_at((page * PAGE) as u64, &mut [0]).unwrap());
-        } else {
-            region.populate(bytes).unwrap();
+        let mut seen = Vec::new();
+        while !seen.contains(&(range.len(), range.start, range.end - 1)) {
+            assert!(seen.len() < 10, "{range:?}: {seen:?}");
+            seen.push(read_pages(&file, &range, prefetches));
         }
-        let read: Vec<_> = (0..PAGES).filter(|&page| is_in_memory(&region, page)).collect();
-        assert!(range.clone().all(|page| read.binary_search(&page).is_ok()), "{range:?}");
-        assert_eq!(read.len(), range.len(), "{range:?}: {:?}", [read.first(), read.last()]);
     }
+}
+
+/// The number of pages of a file that a populate or a prefetch with the touches after it reads, the first and the
+/// last of them.
+fn read_pages(file: &NamedTempFile, range: &Range<usize>, prefetches: bool) -> (usize, usize, usize) {
+    const PAGES: usize = (80 << 20) / PAGE;
+    let shared = || Arc::new(SharedFile::open(file.path(), Access::ReadOnly).unwrap());
+    let chunk = match range.len() {
+        1 => Chunk::from(shared()),
+        700 => Chunk::copy_on_write(shared()),
+        _ => Chunk::from(open(file.path()).unwrap()),
+    };
+    let region = Region::builder().chunk(chunk).build_shared(&Pool::new().unwrap()).unwrap();
+    until(|| {
+        posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+        (0..PAGES).all(|page| !is_in_memory(&region, page))
+    });
+    let bytes = (range.start * PAGE) as u64..(range.end * PAGE) as u64;
+    if prefetches {
+        region.prefetch(bytes).unwrap().wait();
+        range.clone().for_each(|page| region.read_at((page * PAGE) as u64, &mut [0]).unwrap());
+    } else {
+        region.populate(bytes).unwrap();
+    }
+    let read: Vec<_> = (0..PAGES).filter(|&page| is_in_memory(&region, page)).collect();
+    (read.len(), read[0], read[read.len() - 1])
 }
 
 /// True for a tmpfs, for example.
