@@ -114,8 +114,7 @@ class Region:
     def prefetch(self, offset: int = 0, length: int | None = None) -> None:
         """Asks the server to fill the absent pages of a range, and does not wait. Chunks that Python code reads need `populate`.
 
-        Of a file in place, touches of the range in its order read no pages before and behind it, as they do without this call.
-        Of a range of up to 4 MiB, all pages begin to be read. For touches in another order, call `populate`."""
+        Of files in place, it reads the pages of the range from the disk, and no others."""
     def plan(self) -> str:
         """How the pages of each chunk come, and why."""
     def metrics(self) -> dict[str, int]:

@@ -121,13 +121,16 @@ fn dropping_the_handle_cancels_a_prefetch_and_detaching_it_does_not() {
 #[test]
 fn a_fault_comes_before_the_pages_that_a_prefetch_has_not_begun() {
     let pool = Pool::builder().workers(2).start().unwrap();
-    let source = Arc::new(Scripted::new(BYTES).holding(0..PAGE as u64));
+    // Both blocks before the page, because a worker that is held up for 10 ms is replaced.
+    let source = Arc::new(Scripted::new(BYTES).holding(0..513 * PAGE as u64));
     let region = builder(&source).build(&pool).unwrap();
     let prefetch = region.prefetch(..).unwrap();
     source.wait_until_held(1);
     assert_eq!(region.as_slice()[1000 * PAGE], byte_at(1000 * PAGE as u64));
     source.release();
-    assert_eq!(counts(prefetch.wait()), [PAGES as u64 - 1, 0, 0]);
+    let [filled, failed, skipped] = counts(prefetch.wait());
+    // The worker of the fault may still hold the page when its thread has it.
+    assert!((filled, failed) == (PAGES as u64 - 1, 0) && skipped <= 1, "{filled}, {failed}, {skipped}");
     assert_eq!(region.close().faults, 1);
 }
 

@@ -324,12 +324,9 @@ int ps_region_populate(const ps_region *region,
                        uint64_t offset,
                        uint64_t bytes);
 
-// Asks the server to fill the absent pages of a range, and does not wait. `bytes` may be PS_TO_END. Of a file in place,
-// touches of the range in its order read no pages before and behind it, as they do without this call; of a
-// range of up to 4 MiB, all pages begin to be read. For touches in another order, call `ps_region_populate`.
-int ps_region_prefetch(const ps_region *region,
-                       uint64_t offset,
-                       uint64_t bytes);
+// Asks the server to fill the absent pages of a range, and does not wait. `bytes` may be PS_TO_END. Of files
+// in place, it reads the pages of the range from the disk, and no others.
+int ps_region_prefetch(const ps_region *region, uint64_t offset, uint64_t bytes);
 
 // Tries the pages of a range again whose bytes could not be had. `bytes` may be PS_TO_END.
 int ps_region_retry_failed(const ps_region *region, uint64_t offset, uint64_t bytes);

@@ -142,9 +142,8 @@ pub extern "C" fn ps_region_populate(region: *const Region, offset: u64, bytes: 
     })
 }
 
-/// Asks the server to fill the absent pages of a range, and does not wait. `bytes` may be PS_TO_END. Of a file in place,
-/// touches of the range in its order read no pages before and behind it, as they do without this call; of a
-/// range of up to 4 MiB, all pages begin to be read. For touches in another order, call `ps_region_populate`.
+/// Asks the server to fill the absent pages of a range, and does not wait. `bytes` may be PS_TO_END. Of files
+/// in place, it reads the pages of the range from the disk, and no others.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_prefetch(region: *const Region, offset: u64, bytes: u64) -> c_int {
     call::status("ps_region_prefetch", || {

@@ -1,6 +1,7 @@
 //! The part that regions of all kinds share: queries, population, and the teardown in order.
 
 use crate::api::PrefetchHandle;
+use crate::api::refused::refused;
 use crate::error::Failure;
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::{PrefetchJob, let_write};
@@ -197,7 +198,11 @@ impl AnyRegion {
 
     fn populate_span(&self, span: Span, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Error> {
         self.fill(span, go_on)?;
-        self.read_in_place(span, go_on)
+        self.served.populate_files(span, go_on).map_err(|(unread, errno)| {
+            let mut range = self.served.page_size().offsets(unread);
+            range.end = range.end.min(self.len() as u64);
+            refused(self, "read", &range, errno)
+        })
     }
 
     /// Refuses to fill more pages than the region's budget has room for.
@@ -240,11 +245,11 @@ impl AnyRegion {
     ///   [`granularity`](crate::Source::granularity) are filled.
     /// * **Asynchronous sources** ([`Fetch`](crate::source::Fetch)) get 16 requests of a prefetch at
     ///   once, below the limits of the pool and the region, and no worker waits for them.
-    /// * **Files in place**: the kernel begins to read up to 4 MiB, and of a longer range both ends, from
-    ///   where its readahead would reach outside (with the default window of 128 KiB, the first 128 KiB and
-    ///   the last 512 KiB; where the window is not in sysfs, as on btrfs and overlayfs, 4 MiB and 16 MiB).
-    ///   Its readahead for later touches, in their order, reads the rest, and no page outside of the range.
-    ///   For touches in another order, call [`populate`](Self::populate).
+    /// * **Files in place** are read into the page cache, with no page outside of the range. The kernel begins
+    ///   to read up to 4 MiB at once, and of a longer range both ends, from where its readahead would
+    ///   reach outside (with the default window of 128 KiB, the first 128 KiB and the last 512 KiB; where
+    ///   the window is not in sysfs, as on btrfs and overlayfs, 4 MiB and 16 MiB). Workers read and map the
+    ///   middle. These pages count nowhere, and a page that cannot be read is the error of its touch.
     /// * **Recordings** ([`record`](crate::Builder::record)) have no touch of a page that is filled
     ///   ahead.
     ///
@@ -265,12 +270,12 @@ impl AnyRegion {
     /// ```
     pub fn prefetch(&self, range: impl RangeBounds<u64>) -> Result<PrefetchHandle, Error> {
         let span = self.span(range)?;
-        let is_in_place = self.served.in_place.next_gap(span).is_empty();
+        // Before the workers, because a read in the middle of a file reaches as far as pages that are there.
+        let has_middle = self.served.begin_files(span);
         // No worker wakes up for an empty prefetch.
-        let units = if is_in_place { span.prefix(0) } else { self.served.with_read_units(span) };
-        let job = self.start("prefetch", PrefetchJob::new(units, self.block_pages()))?;
-        self.begin_to_read_in_place(span);
-        Ok(job)
+        let is_begun = !has_middle && self.served.in_place.next_gap(span).is_empty();
+        let units = if is_begun { span.prefix(0) } else { self.served.with_read_units(span) };
+        self.start("prefetch", PrefetchJob::new(units, self.block_pages()))
     }
 
     /// Has the server fill all absent pages while no fault waits, in the order of their addresses, and

@@ -31,7 +31,6 @@ mod on_memfd;
 mod options;
 mod pin;
 mod prefetch;
-mod read_in_place;
 mod refused;
 mod region;
 mod replace;

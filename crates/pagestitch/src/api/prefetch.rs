@@ -73,8 +73,8 @@ impl PrefetchHandle {
     }
 
     /// True if the prefetch is over: each page of the range was present before, or is filled, failed or
-    /// skipped; or the region was dropped. Pages of files in place count as present, also while the kernel reads
-    /// them.
+    /// skipped; or the region was dropped. Up to 4 MiB of a file in place count as present, also while the kernel
+    /// reads them.
     ///
     /// ```
     /// # use pagestitch::{Pool, Region};

@@ -50,11 +50,18 @@ pub(crate) fn fill_requested<H: Host>(
     region.look_for_discards(block);
     while !rest.is_empty() && !is_limited && !job.is_cancelled() && began.elapsed() < step {
         let gap = region.next_gap(rest);
-        rest = rest.without_prefix(if gap.is_empty() { rest.pages } else { gap.first.0 - rest.first.0 });
-        if gap.is_empty() {
-            break;
+        let present = if gap.is_empty() { rest } else { rest.prefix(gap.first.0 - rest.first.0) };
+        if present.is_empty() {
+            is_limited = ahead.fill_first(&mut rest, gap);
+        } else {
+            // A background fill has nothing to fill there.
+            let read = !job.is_background();
+            rest = rest.without_prefix(if read {
+                region.populate_first_files(present, most)
+            } else {
+                present.pages
+            });
         }
-        is_limited = ahead.fill_first(&mut rest, gap);
     }
     if job.is_background() {
         job.note_faults(region.counters.faults());

@@ -8,6 +8,7 @@
 //! | `layout` | the chunk that holds the byte at an offset |
 //! | `append`, `growth` | chunks that are appended while threads read; the room for them |
 //! | `mapped_in_place` | pages that are mapped in place |
+//! | `file_pages` | reads of files that are mapped in place, ahead of their touch |
 //! | `fault_free` | regions whose pages are all mapped in place |
 //! | `page_table` | the state of each page, and claims on pages |
 //! | `discards` | whether the kernel reports the pages that the application discards |
@@ -30,6 +31,7 @@ mod discards;
 mod failure_table;
 mod failures;
 mod fault_free;
+mod file_pages;
 mod flushes;
 mod growth;
 mod into_chunk;
