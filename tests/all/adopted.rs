@@ -50,10 +50,18 @@ fn start_guest_with(
     huge: bool,
     body: impl FnOnce(&Guest, UnixStream),
 ) -> GuestProcess {
+    start_guest_of(test, || Guest::new(ranges, huge), body)
+}
+
+fn start_guest_of(
+    test: &str,
+    make: impl FnOnce() -> io::Result<Guest>,
+    body: impl FnOnce(&Guest, UnixStream),
+) -> GuestProcess {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
     let process = child::spawn(test, path.to_str().unwrap(), |path| {
-        let guest = Guest::new(ranges, huge).unwrap();
+        let guest = make().unwrap();
         until(|| fs::exists(path).unwrap());
         until(|| UnixStream::connect(path).is_ok());
         let stream = guest.hand_over(path.as_ref()).unwrap();
@@ -248,6 +256,28 @@ fn an_unfilled_page_of_a_dropped_adopted_region_is_a_signal_and_not_zeros() {
     let end = other.process.wait();
     assert_eq!(end.output().contains("as expected"), lives, "{}", end.output());
     assert!(!end.output().contains("read a byte"), "{}", end.output());
+    assert_eq!(end.signal(), Some(signal_of_lost_page()), "{}", end.output());
+}
+
+/// The kernel takes a protected missing page for a present one, and the end of a registration ends the protection.
+#[test]
+fn an_unfilled_page_that_its_owner_protects_is_a_signal_and_not_zeros() {
+    let make = || Guest::protectable(&RANGES);
+    let other = start_guest_of(this_test!(), make, |guest, stream| {
+        assert_eq!(guest.read(500 * PAGE), pattern(9, TOTAL)[500 * PAGE]);
+        guest.protect().unwrap();
+        resume(&stream);
+        wait_for_peer(&stream);
+        println!("read a byte: {}", guest.read(100 * PAGE));
+    });
+    let region = build(other.memory, &Pool::new().unwrap());
+    wait_for_peer(&other.stream);
+    drop(region);
+    // Without poison markers, the drop kills the owner.
+    if signal_of_lost_page() != SIGKILL {
+        resume(&other.stream);
+    }
+    let end = other.process.wait();
     assert_eq!(end.signal(), Some(signal_of_lost_page()), "{}", end.output());
 }
 

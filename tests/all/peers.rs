@@ -256,8 +256,8 @@ fn a_refused_guest_gets_a_signal() {
     }
 }
 
-/// A thread that waits at a protected page continues, as one that waits at a poison marker does. Both wait
-/// for the reader of a message, and a refused guest has none.
+/// A thread that waits at a protected page continues, as one that waits at a poison marker does: no thread reads
+/// the messages of a refused guest. A missing page is a signal, also if it is protected (Linux 6.4).
 #[test]
 fn a_thread_that_waits_in_a_refused_guest_continues() {
     let body = child::body(this_test!(), |path| {

@@ -48,7 +48,9 @@ impl RefusedGuest<'_> {
         self.owner.ok_or(Errno::ESRCH)?.kill()
     }
 
-    /// Poisons all memory that is registered with the userfaultfd, wherever the guest announced it.
+    /// Poisons all memory of the guest that is registered with a userfaultfd, wherever the guest announced it,
+    /// and ends these registrations. Registered memory lets threads wait for messages that no thread reads: at
+    /// a write-protected page, and where the kernel takes a poison marker for a missing page.
     fn poison_all(&self, uffd: &Uffd) -> Result<(), Outcome> {
         if !uffd.features().contains(Features::POISON) {
             return Err(Outcome::Refused(Errno::EOPNOTSUPP));
@@ -58,11 +60,19 @@ impl RefusedGuest<'_> {
             // The addresses of its memory are unknown.
             return Err(Outcome::Refused(Errno::ENODATA));
         }
-        let mut pass = PoisonPass { uffd, left: self.max_bytes, until: Instant::now() + TIME_LIMIT };
+        let until = Instant::now() + TIME_LIMIT;
+        let mut pass = PoisonPass { uffd, left: self.max_bytes, until, is_mapped: mapped.is_some() };
         for range in mapped.as_ref().unwrap_or(&self.announced) {
-            pass.range(range)?;
+            let Some(addresses) = AddressRange::new(range.start, range.len(), PageSize::system()) else {
+                continue;
+            };
+            // Missing pages of the others would read as zeros.
+            if pass.range(range)? == Missing::None {
+                // A refusal means that another userfaultfd has the range, or that it is unmapped by now.
+                let _ = uffd.unregister(addresses);
+                pass.let_changes_end(addresses)?;
+            }
         }
-        pass.read_events();
         Ok(())
     }
 }
@@ -90,41 +100,45 @@ struct PoisonPass<'a> {
     uffd: &'a Uffd,
     left: u64,
     until: Instant,
+    /// True if the ranges are whole mappings of the process, and false if the guest has announced them.
+    is_mapped: bool,
+}
+
+/// The missing pages of a range after a pass over it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Missing {
+    None,
+    /// Pages that are not registered, or behind such a page.
+    Some,
 }
 
 impl PoisonPass<'_> {
-    /// Poisons the missing pages of a range that is registered with this userfaultfd, and ends the
-    /// registration. A registered range lets threads wait for a message that no thread reads: at a
-    /// write-protected page, and now and then at a poison marker.
-    fn range(&mut self, range: &Range<usize>) -> Result<(), Outcome> {
-        self.poison(range)?;
-        if let Some(addresses) = AddressRange::new(range.start, range.len(), PageSize::system()) {
-            // A refusal means other memory, or that the guest has changed its mappings.
-            let _ = self.uffd.unregister(addresses);
-        }
-        Ok(())
-    }
-
-    fn poison(&mut self, range: &Range<usize>) -> Result<(), Outcome> {
-        let mut at = range.start;
+    /// Poisons the missing pages of a range that are registered with a userfaultfd.
+    fn range(&mut self, range: &Range<usize>) -> Result<Missing, Outcome> {
+        let (mut at, mut missing) = (range.start, Missing::None);
         while at < range.end {
             let end = (at / HUGE_PAGE + 1).saturating_mul(HUGE_PAGE).min(range.end);
-            let Some(addresses) = AddressRange::new(at, end - at, PageSize::system()) else { return Ok(()) };
+            let Some(addresses) = AddressRange::new(at, end - at, PageSize::system()) else {
+                return Ok(Missing::Some);
+            };
             if self.left == 0 || Instant::now() >= self.until {
                 return Err(Outcome::NoMemory);
             }
-            let poisoned = match self.uffd.poison(addresses) {
+            let passed = match self.uffd.poison_protected(addresses) {
                 Outcome::Done => end - at,
                 Outcome::Partial { bytes } => bytes,
                 Outcome::AlreadyThere => PageSize::system().bytes(),
                 // A page that is present, in a range of huge pages.
                 Outcome::Refused(Errno::EINVAL) if at % HUGE_PAGE != 0 => end - at,
-                // Other memory of the process.
-                Outcome::NotRegistered | Outcome::Refused(Errno::EINVAL) if at == range.start => {
-                    return Ok(());
+                // Other memory of the process, and the kernel's page that each process has.
+                Outcome::NotRegistered if self.is_mapped && at == range.start => return Ok(Missing::Some),
+                Outcome::Refused(Errno::EINVAL) if at > isize::MAX as usize => return Ok(Missing::Some),
+                Outcome::NotRegistered => {
+                    missing = Missing::Some;
+                    PageSize::system().bytes()
                 }
-                Outcome::NotRegistered => end - at,
-                Outcome::ProcessGone => return Ok(()),
+                Outcome::ProcessGone => return Ok(Missing::Some),
+                // The guest changes its mappings.
                 Outcome::Changing => {
                     self.read_events();
                     thread::yield_now();
@@ -132,14 +146,27 @@ impl PoisonPass<'_> {
                 }
                 outcome => return Err(outcome),
             };
-            self.left = self.left.saturating_sub(poisoned as u64);
-            at += poisoned;
+            self.left = self.left.saturating_sub(passed as u64);
+            at += passed;
+        }
+        Ok(missing)
+    }
+
+    /// Returns when no thread of the guest waits until the event of its change is read. `range` was registered.
+    fn let_changes_end(&self, range: AddressRange) -> Result<(), Outcome> {
+        // The kernel refuses this while a change is under way, whose event it may queue a moment later.
+        while self.uffd.continue_pages(range.prefix(PageSize::system().bytes())) == Outcome::Changing {
+            if Instant::now() >= self.until {
+                return Err(Outcome::Changing);
+            }
+            self.read_events();
+            thread::yield_now();
         }
         Ok(())
     }
 
-    /// Lets threads that change mappings of the guest continue: each waits until its event is read. The
-    /// event of a fork stays unread, and the guest is killed, because missing pages of a child are zeros.
+    /// Reads the events for which threads of the guest wait. That of a fork stays unread, so that the guest is
+    /// killed after the time limit, because missing pages of its child would read as zeros.
     fn read_events(&self) {
         if !self.uffd.features().contains(Features::EVENT_FORK) {
             // A message that cannot be decoded is read all the same.

@@ -14,7 +14,7 @@ use nix::sys::mman::{
 use pagestitch::{AdoptedMemory, OwnMemory};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::page::HUGE;
-use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::uffd::{RegisterMode, kernel_features};
 use pagestitch_kernel::{AddressRange, Outcome, PageSize, Uffd, fd_passing};
 use std::error::Error;
 use std::ffi::c_void;
@@ -70,7 +70,8 @@ impl Guest {
     /// The kernel's error: no userfaultfd, no memory, or no reserved huge pages
     /// (`vm.nr_hugepages`).
     pub fn new(ranges: &[usize], huge: bool) -> io::Result<Self> {
-        Self::registered(ranges, huge, RegisterMode::MISSING)
+        let wanted = Features::EVENT_REMOVE | Features::MISSING_HUGETLBFS;
+        Self::with(ranges, huge, RegisterMode::MISSING, wanted)
     }
 
     /// Makes a guest that can write-protect its memory with [`protect`](Self::protect), as for a
@@ -80,7 +81,13 @@ impl Guest {
     ///
     /// As [`new`](Self::new).
     pub fn protectable(ranges: &[usize]) -> io::Result<Self> {
-        Self::registered(ranges, false, RegisterMode::MISSING | RegisterMode::WRITE_PROTECT)
+        let kernel = kernel_features().map_err(io::Error::other)?;
+        let unpopulated = match kernel.contains(Features::WRITE_PROTECT_UNPOPULATED) {
+            true => Features::WRITE_PROTECT_UNPOPULATED,
+            false => Features::WRITE_PROTECT,
+        };
+        let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
+        Self::with(ranges, false, modes, Features::EVENT_REMOVE | Features::WRITE_PROTECT | unpopulated)
     }
 
     /// Makes a guest whose userfaultfd reports moves of its memory (`UFFD_FEATURE_EVENT_REMAP`).
@@ -109,11 +116,6 @@ impl Guest {
         #[expect(unsafe_code, reason = "the guest vouches for its memory")]
         unsafe { uffd.register_range(addresses, RegisterMode::MISSING) }?;
         Ok(Self { uffd, page, ranges: vec![Range { start, bytes, offset: 0 }] })
-    }
-
-    fn registered(ranges: &[usize], huge: bool, modes: RegisterMode) -> io::Result<Self> {
-        let wanted = Features::EVENT_REMOVE | Features::MISSING_HUGETLBFS | Features::WRITE_PROTECT;
-        Self::with(ranges, huge, modes, wanted)
     }
 
     fn with(ranges: &[usize], huge: bool, modes: RegisterMode, wanted: Features) -> io::Result<Self> {
@@ -257,7 +259,8 @@ impl Guest {
         }
     }
 
-    /// Write-protects all present pages. A write waits until the server lifts the protection.
+    /// Write-protects all pages: before Linux 6.4, those that are present. A write waits until the server lifts
+    /// the protection.
     ///
     /// # Errors
     ///

@@ -186,6 +186,27 @@ impl Uffd {
         })
     }
 
+    /// As [`poison`](Self::poison), also for missing pages that are write-protected, as those of shared memory
+    /// can be. The kernel takes such a page for a present one, so their protection is removed before.
+    ///
+    /// Unregistering would remove the protection, too, and the pages would read as zeros.
+    pub fn poison_protected(&self, range: AddressRange) -> Outcome {
+        let poisoned = self.poison(range);
+        if poisoned != Outcome::AlreadyThere {
+            return poisoned;
+        }
+        match self.unprotect(range.part(0, 1)) {
+            // Not registered for write-protect faults: the page is present.
+            Outcome::NotRegistered => return poisoned,
+            Outcome::Done => {}
+            // A part of a huge page.
+            _ => {
+                self.unprotect(range);
+            }
+        }
+        self.poison(range)
+    }
+
     /// Moves the private anonymous pages at `source` to the missing pages of `range`, and wakes the
     /// waiting threads. Linux 6.8.
     ///

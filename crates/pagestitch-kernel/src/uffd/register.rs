@@ -104,7 +104,8 @@ impl Uffd {
     pub fn unregister(&self, range: AddressRange) -> Result<(), Errno> {
         let ended = unregister(self.as_fd(), range);
         // The kernel wakes the threads before it has the lock of the mapping. A fault that holds this lock
-        // shared begins to wait after that wake: also on a poison marker, which it takes for a missing page.
+        // shared can begin to wait after that wake, even if its page has a poison marker, because the kernel's
+        // second check of the page (`userfaultfd_must_wait`) takes a marker for a missing page.
         let _ = wake(self.as_fd(), range);
         ended
     }

@@ -167,6 +167,32 @@ fn a_page_is_poisoned_once_and_a_copy_replaces_the_marker() {
     assert_eq!(view.as_slice()[0], 4);
 }
 
+/// The kernel takes a protected missing page for a present one.
+#[test]
+fn a_missing_page_that_is_write_protected_is_poisoned_and_a_present_one_is_not() {
+    let features = Features::POISON | Features::WRITE_PROTECT_UNPOPULATED;
+    if !has("a_missing_page_that_is_write_protected_is_poisoned_and_a_present_one_is_not", features) {
+        return;
+    }
+    let page = PageSize::system();
+    let (reservation, view) = View::reserve(NonZeroUsize::new(3).unwrap(), page, Access::Writable).unwrap();
+    let view = view.into_stable().unwrap();
+    let uffd = Uffd::open(features | Features::WRITE_PROTECT).unwrap();
+    uffd.register(&reservation, RegisterMode::MISSING | RegisterMode::WRITE_PROTECT).unwrap();
+    let at = |first| reservation.addresses(Span { first: Page(first), pages: 3 - first });
+    assert_eq!(uffd.copy(at(2), &vec![7u8; page.bytes()]), Outcome::Done);
+    assert_eq!(uffd.write_protect(reservation.range()), Outcome::Done);
+    assert_eq!(uffd.poison(reservation.range()), Outcome::AlreadyThere);
+    assert_eq!(uffd.poison_protected(at(0)), Outcome::Partial { bytes: page.bytes() });
+    assert_eq!(uffd.poison_protected(at(1)), Outcome::Partial { bytes: page.bytes() });
+    assert_eq!(uffd.poison_protected(at(2)), Outcome::AlreadyThere);
+    uffd.unregister(reservation.range()).unwrap();
+    assert_eq!(view.as_slice()[2 * page.bytes()], 7);
+    for poisoned in [0, 1] {
+        reservation.populate_read(Page(poisoned).span()).unwrap_err();
+    }
+}
+
 #[test]
 #[expect(unsafe_code, reason = "move_pages takes pages away")]
 fn move_takes_the_pages_of_the_source() {

@@ -67,9 +67,15 @@ fn release(region: &Served, adopted: &Foreign) {
         // A refusal means that the range is unmapped, or that its owner has ended.
         let _ = region.uffd.unregister(adopted.addresses(part.span));
     }
-    // An owner that has begun to discard pages waits until that event is read.
-    for _ in 0..2 {
+    // An owner that has begun to discard pages waits until that event is read. The kernel fills no page
+    // meanwhile, and may queue the event a moment later.
+    let (began, first) = (Instant::now(), adopted.addresses(region.target.all().prefix(1)));
+    loop {
         region.read_without_serving(&mut Batch::with_capacity(POISON_PAGES));
+        let is_changing = region.uffd.get(0).continue_pages(first) == Outcome::Changing;
+        if !is_changing || began.elapsed() > CHANGING_MAX {
+            return;
+        }
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -85,7 +91,7 @@ fn first_absent(region: &Served, span: Span) -> Span {
 /// Poisons the absent pages of a span. Returns the number of pages that it has looked at, and the
 /// number of pages that it has poisoned.
 fn poison_missing(region: &Served, adopted: &Foreign, span: Span) -> Result<(usize, usize), Outcome> {
-    match region.uffd.get(0).poison(adopted.addresses(span)) {
+    match region.uffd.get(0).poison_protected(adopted.addresses(span)) {
         Outcome::Done => Ok((span.pages, span.pages)),
         Outcome::Partial { bytes } => Ok((bytes / adopted.page.bytes(), bytes / adopted.page.bytes())),
         Outcome::AlreadyThere => Ok((1, 0)),

@@ -189,7 +189,7 @@ impl Orphan {
         for _ in 0..STEPS {
             let Some(part) = self.next(region) else { return self.end(region, (batch, children)) };
             let page = region.page_size().bytes();
-            self.seen += match self.uffd(region).poison(part) {
+            self.seen += match self.uffd(region).poison_protected(part) {
                 Outcome::Done => part.bytes() / page,
                 Outcome::Partial { bytes } => bytes / page,
                 // The page is present, or its address is no longer registered.
