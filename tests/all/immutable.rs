@@ -11,6 +11,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tempfile::NamedTempFile;
@@ -229,7 +230,7 @@ fn populate_maps_the_pages_of_an_immutable_file() {
 }
 
 /// Beside each range there is more than the kernel's readahead would read. The kernel reclaims pages at any time,
-/// without need too (DAMON), and the touch of such a page reads others: so one of some tries counts.
+/// without need too (DAMON), and the touch of such a page reads others. So most tries have to be exact, and not all.
 #[test]
 fn no_page_of_a_file_in_place_is_read_outside_of_a_populated_or_prefetched_range() {
     if !has_populate_read() || keeps_files_in_memory(&std::env::temp_dir()) {
@@ -241,16 +242,22 @@ fn no_page_of_a_file_in_place_is_read_outside_of_a_populated_or_prefetched_range
     for (range, prefetches) in
         [(5000..5001, false), (7000..7700, true), (6000..15_000, false), (5000..14_000, true)]
     {
-        let mut seen = Vec::new();
-        while !seen.contains(&(range.len(), range.start, range.end - 1)) {
-            assert!(seen.len() < 10, "{range:?}: {seen:?}");
-            seen.push(read_pages(&file, &range, prefetches));
+        let exact = (range.len(), Some(range.start), Some(range.end - 1));
+        let (mut tries, mut others) = (0, Vec::new());
+        while tries - others.len() < 3 {
+            let read = read_pages(&file, &range, prefetches);
+            tries += 1;
+            others.extend(Some(read).filter(|read| *read != exact));
+            assert!(others.len() < 4, "{range:?}, {tries} tries: {others:?}");
         }
     }
 }
 
-/// The number of pages of a file that a populate or a prefetch reads, the first and the last of them.
-fn read_pages(file: &NamedTempFile, range: &Range<usize>, prefetches: bool) -> (usize, usize, usize) {
+/// The number of pages that are read, the first and the last of them.
+type Read = (usize, Option<usize>, Option<usize>);
+
+/// The pages of a file that a populate or a prefetch reads.
+fn read_pages(file: &NamedTempFile, range: &Range<usize>, prefetches: bool) -> Read {
     const PAGES: usize = (80 << 20) / PAGE;
     let shared = || Arc::new(SharedFile::open(file.path(), Access::ReadOnly).unwrap());
     let chunk = match range.len() {
@@ -274,13 +281,15 @@ fn read_pages(file: &NamedTempFile, range: &Range<usize>, prefetches: bool) -> (
         region.populate(bytes).unwrap();
     }
     let read: Vec<_> = (0..PAGES).filter(|&page| is_in_memory(&region, page)).collect();
-    (read.len(), read[0], read[read.len() - 1])
+    (read.len(), read.first().copied(), read.last().copied())
 }
 
 /// Of 20 MiB the kernel begins the ends, and the server reads the middle.
 #[test]
 fn a_prefetch_of_a_long_file_in_place_is_over_after_its_server_has_read_it() {
     let file = file_in(&std::env::temp_dir(), &pattern(6, 20 << 20));
+    file.as_file().sync_all().unwrap();
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
     let builder = || Region::builder().chunk(SharedFile::open(file.path(), Access::ReadOnly).unwrap());
     let mut manual = Manual::new().unwrap();
     let region = builder().build_shared(&manual).unwrap();
@@ -288,6 +297,9 @@ fn a_prefetch_of_a_long_file_in_place_is_over_after_its_server_has_read_it() {
     assert!(!ahead.is_done());
     serve_until(&mut manual, 1, || ahead.is_done());
     assert!(ahead.progress().is_complete(), "{:?}", ahead.progress());
+    let pages = (20 << 20) / PAGE;
+    let read = (0..pages).filter(|&page| is_in_memory(&region, page)).count();
+    assert!(read > pages * 9 / 10, "{read} of {pages} pages are read, and few can have left by now");
 
     file.as_file().set_len(8 << 20).unwrap();
     let region = builder().build_shared(&Pool::new().unwrap()).unwrap();
@@ -300,6 +312,16 @@ fn a_prefetch_of_a_long_file_in_place_is_over_after_its_server_has_read_it() {
     let ahead = dropped.prefetch(..).unwrap();
     drop(dropped);
     serve_until(&mut manual, 1, || ahead.is_done());
+}
+
+#[test]
+fn a_prefetch_of_holes_in_a_tmpfs_allocates_no_page() {
+    let file = NamedTempFile::new_in("/dev/shm").unwrap();
+    file.as_file().set_len(32 << 20).unwrap();
+    let region = Region::builder().chunk(SharedFile::open(file.path(), Access::ReadOnly).unwrap());
+    let region = region.build_shared(&Pool::new().unwrap()).unwrap();
+    assert!(region.prefetch(..).unwrap().wait().is_complete());
+    assert_eq!(file.as_file().metadata().unwrap().blocks(), 0);
 }
 
 /// True for a tmpfs, for example.

@@ -325,7 +325,7 @@ int ps_region_populate(const ps_region *region,
                        uint64_t bytes);
 
 // Asks the server to fill the absent pages of a range, and does not wait. `bytes` may be PS_TO_END. Of files
-// in place, it reads the pages of the range from the disk, and no others.
+// in place, it has the server read the pages of the range from the disk, and no others.
 int ps_region_prefetch(const ps_region *region, uint64_t offset, uint64_t bytes);
 
 // Tries the pages of a range again whose bytes could not be had. `bytes` may be PS_TO_END.

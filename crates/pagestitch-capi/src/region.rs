@@ -143,7 +143,7 @@ pub extern "C" fn ps_region_populate(region: *const Region, offset: u64, bytes: 
 }
 
 /// Asks the server to fill the absent pages of a range, and does not wait. `bytes` may be PS_TO_END. Of files
-/// in place, it reads the pages of the range from the disk, and no others.
+/// in place, it has the server read the pages of the range from the disk, and no others.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_region_prefetch(region: *const Region, offset: u64, bytes: u64) -> c_int {
     call::status("ps_region_prefetch", || {

@@ -5,6 +5,40 @@ use nix::libc::{major, minor};
 use std::fs;
 use std::sync::Mutex;
 
+/// The page cache of a file, as far as reads ahead of a touch depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileCache {
+    device: u64,
+    is_in_memory: bool,
+    shows_residency: bool,
+}
+
+impl FileCache {
+    pub(crate) const fn new(device: u64, is_in_memory: bool, shows_residency: bool) -> Self {
+        Self { device, is_in_memory, shows_residency }
+    }
+
+    /// The window of the kernel's readahead, in bytes. See [`window`].
+    #[must_use]
+    pub fn window(&self) -> usize {
+        window(self.device)
+    }
+
+    /// True if the file is in tmpfs or hugetlbfs, as memfds are: its pages are the only copy of its
+    /// bytes, and a read of a hole allocates one.
+    #[must_use]
+    pub const fn is_in_memory(&self) -> bool {
+        self.is_in_memory
+    }
+
+    /// True if the kernel tells this process which pages are in memory (`mincore(2)`). It calls all pages of a
+    /// file resident that the process neither owns nor may write.
+    #[must_use]
+    pub const fn shows_residency(&self) -> bool {
+        self.shows_residency
+    }
+}
+
 /// The window of the kernel's readahead for the files of a device, in bytes. Where the kernel does not tell it:
 /// 8 MiB, because a window that is too large only costs time. `device` is the `st_dev` of a file.
 ///

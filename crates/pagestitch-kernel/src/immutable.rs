@@ -2,6 +2,7 @@
 //! fs-verity, with which the kernel refuses each write to the file for good.
 
 use crate::errno::Errno;
+use crate::file_readahead::FileCache;
 use crate::page::PageSize;
 use crate::shared::SharedFile;
 use nix::libc;
@@ -99,10 +100,10 @@ impl StableFile {
         self.file.identity()
     }
 
-    /// As [`SharedFile::shows_residency`].
+    /// As [`SharedFile::cache`].
     #[must_use]
-    pub const fn shows_residency(&self) -> bool {
-        self.file.shows_residency()
+    pub const fn cache(&self) -> FileCache {
+        self.file.cache()
     }
 
     /// As [`SharedFile::granule`].

@@ -9,7 +9,7 @@ use crate::errno::Errno;
 use crate::granule::{granule_in, maps_all_files};
 use crate::page::PageSize;
 use nix::libc;
-use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, PROC_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -62,6 +62,8 @@ pub(crate) struct FileSystem {
     pub(crate) granule: PageSize,
     /// True if it maps all files, so that the mapping of one cannot be refused.
     pub(crate) maps_all_files: bool,
+    /// True if the pages of its files are the only copy of their bytes.
+    pub(crate) is_in_memory: bool,
     pub(crate) is_proc: bool,
 }
 
@@ -71,6 +73,7 @@ impl FileSystem {
         Ok(Self {
             granule: granule_in(&statistics)?,
             maps_all_files: maps_all_files(&statistics),
+            is_in_memory: [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&statistics.filesystem_type()),
             is_proc: statistics.filesystem_type() == PROC_SUPER_MAGIC,
         })
     }

@@ -6,6 +6,7 @@
 
 use crate::access::Access;
 use crate::errno::Errno;
+use crate::file_readahead::FileCache;
 use crate::inode::{FileSystem, Inode};
 use crate::limits::{Limit, with_descriptors};
 use crate::mapping::OwnedMapping;
@@ -14,7 +15,6 @@ use crate::page::{AddressRange, HUGE, PageSize};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_void};
 use nix::sys::mman::ProtFlags;
-use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, geteuid, lseek};
 use std::fs::File;
 use std::ops::Range;
@@ -34,7 +34,7 @@ pub struct SharedFile {
     /// True if its file system maps all files, so that a mapping of this one cannot be refused.
     surely_maps: bool,
     identity: (u64, u64),
-    shows_residency: bool,
+    cache: FileCache,
 }
 
 impl SharedFile {
@@ -72,9 +72,10 @@ impl SharedFile {
             });
         }
         let writable = access_of(&file)? == Access::Writable;
-        let FileSystem { granule, maps_all_files: surely_maps, .. } = system;
+        let FileSystem { granule, maps_all_files: surely_maps, is_in_memory, .. } = system;
         let shows_residency = writable || owner == geteuid().as_raw();
-        Ok(Self { file, len, writable, granule, surely_maps, identity, shows_residency })
+        let cache = FileCache::new(identity.0, is_in_memory, shows_residency);
+        Ok(Self { file, len, writable, granule, surely_maps, identity, cache })
     }
 
     /// The number of bytes that it had when it was taken.
@@ -107,11 +108,10 @@ impl SharedFile {
         self.surely_maps
     }
 
-    /// True if the kernel tells this process which pages are in memory (`mincore(2)`). It calls all pages of a
-    /// file resident that the process neither owns nor may write.
+    /// Its page cache.
     #[must_use]
-    pub const fn shows_residency(&self) -> bool {
-        self.shows_residency
+    pub const fn cache(&self) -> FileCache {
+        self.cache
     }
 
     /// The numbers of its device and its inode, which no other file has at the same time.
@@ -145,17 +145,6 @@ impl SharedFile {
             at = (at / page + 1) * page;
         }
         Ok(None)
-    }
-
-    /// True if the file is in tmpfs or hugetlbfs, as memfds are: its pages are the only copy of its
-    /// bytes.
-    ///
-    /// # Errors
-    ///
-    /// The errno of `fstatfs(2)`.
-    pub fn is_in_memory(&self) -> Result<bool, Errno> {
-        let kind = fstatfs(&self.file).map_err(Errno::of)?.filesystem_type();
-        Ok([TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&kind))
     }
 
     /// The size of the pages, in bytes, that a write to the file may allocate. The pages of tmpfs

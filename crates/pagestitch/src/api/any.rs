@@ -245,11 +245,14 @@ impl AnyRegion {
     ///   [`granularity`](crate::Source::granularity) are filled.
     /// * **Asynchronous sources** ([`Fetch`](crate::source::Fetch)) get 16 requests of a prefetch at
     ///   once, below the limits of the pool and the region, and no worker waits for them.
-    /// * **Files in place** are read into the page cache, with no page outside of the range. The kernel begins
-    ///   to read up to 4 MiB at once, and of a longer range both ends, from where its readahead would
-    ///   reach outside (with the default window of 128 KiB, the first 128 KiB and the last 512 KiB; where
-    ///   the window is not in sysfs, as on btrfs and overlayfs, 4 MiB and 16 MiB). Workers read and map the
-    ///   middle. These pages count nowhere, and a page that cannot be read is the error of its touch.
+    /// * **Files in place** are read into the page cache, and no page outside of the range. Of a range of more than
+    ///   4 MiB the kernel begins to read both ends, from where its readahead would reach outside (with the
+    ///   default window of 128 KiB, the first 128 KiB and the last 512 KiB; where the window is not in sysfs,
+    ///   as on btrfs and overlayfs, 4 MiB and 16 MiB). Workers then read and map the whole range, and wait
+    ///   for the disk as they do in a source. A shorter range the kernel begins as a whole. An
+    ///   [`Eager`](crate::Eager) region has no workers. Holes in files of a tmpfs stay holes.
+    ///   [`PrefetchProgress`](crate::PrefetchProgress) does not count these pages. One that cannot be read is no
+    ///   error here: its first touch gets SIGBUS.
     /// * **Recordings** ([`record`](crate::Builder::record)) have no touch of a page that is filled
     ///   ahead.
     ///
@@ -270,7 +273,8 @@ impl AnyRegion {
     /// ```
     pub fn prefetch(&self, range: impl RangeBounds<u64>) -> Result<PrefetchHandle, Error> {
         let span = self.span(range)?;
-        // Before the workers, because a read in the middle of a file reaches as far as pages that are there.
+        self.check_is_of_this_process("prefetch")?;
+        // Before the workers, because the kernel's readahead stops at pages that the page cache has.
         let has_middle = self.served.begin_files(span);
         // No worker wakes up for an empty prefetch.
         let is_begun = !has_middle && self.served.in_place.next_gap(span).is_empty();
@@ -283,6 +287,7 @@ impl AnyRegion {
     ///
     /// This is a [`prefetch`](Self::prefetch) of the whole region, with these differences:
     ///
+    /// * **Files in place** are not read, because none of their pages is absent.
     /// * **Rate.** It fills no more bytes a second than [`FillRate`] says.
     /// * **Faults first.** While threads fault in the region, it fills for 50 us in each millisecond.
     /// * **Recording first.** It begins when the pages of a [replayed](crate::Builder::replay) recording
@@ -320,6 +325,13 @@ impl AnyRegion {
     }
 
     fn start(&self, call: &str, job: PrefetchJob) -> Result<PrefetchHandle, Error> {
+        self.check_is_of_this_process(call)?;
+        let job = Arc::new(job);
+        self.server.prefetch(&self.served, &job)?;
+        Ok(PrefetchHandle::new(job))
+    }
+
+    fn check_is_of_this_process(&self, call: &str) -> Result<(), Error> {
         if !self.server.is_of_this_process() {
             let what = format!(
                 "region {}: it belongs to the parent process: call {call}() there, or populate() in the forked child",
@@ -327,9 +339,7 @@ impl AnyRegion {
             );
             return Err(Error::new(ErrorKind::ForkedChild, what));
         }
-        let job = Arc::new(job);
-        self.server.prefetch(&self.served, &job)?;
-        Ok(PrefetchHandle::new(job))
+        Ok(())
     }
 
     /// Fills all absent pages of adopted memory until `go_on` returns false.

@@ -73,8 +73,8 @@ impl PrefetchHandle {
     }
 
     /// True if the prefetch is over: each page of the range was present before, or is filled, failed or
-    /// skipped; or the region was dropped. Up to 4 MiB of a file in place count as present, also while the kernel
-    /// reads them.
+    /// skipped; or the region was dropped. If a range has only pages of files in place, at most 4 MiB of each, they
+    /// count as present while the kernel reads them.
     ///
     /// ```
     /// # use pagestitch::{Pool, Region};

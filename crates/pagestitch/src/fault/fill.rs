@@ -61,7 +61,7 @@ impl Buffers {
     }
 }
 
-/// A buffer of whole pages. It begins at the address of a page, because the disk writes to no other without a copy
+/// A buffer of whole pages. It begins at a multiple of the page size, because the disk writes to no other without a copy
 /// (`O_DIRECT`), and because the kernel copies faster from there.
 #[derive(Debug)]
 struct WholePages {

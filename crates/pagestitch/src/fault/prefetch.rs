@@ -32,8 +32,8 @@ pub(crate) fn replay<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers
     let _ = fill_absent(region, span, buffers);
 }
 
-/// Fills absent pages of a block for a job, for a moment, so that faults come before the rest of the
-/// block. The pages of a read that fails stay absent. Then tells the server how to go on.
+/// Fills absent pages of a block for a job, and reads those of files in place, for a moment, so that faults come
+/// before the rest of the block. The pages of a read that fails stay absent. Then tells the server how to go on.
 pub(crate) fn fill_requested<H: Host>(
     region: &Arc<H>,
     job: &Arc<PrefetchJob>,
@@ -54,7 +54,7 @@ pub(crate) fn fill_requested<H: Host>(
         if present.is_empty() {
             is_limited = ahead.fill_first(&mut rest, gap);
         } else {
-            // A background fill has nothing to fill there.
+            // A background fill ends with all pages present, and these are.
             let read = !job.is_background();
             rest = rest.without_prefix(if read {
                 region.populate_first_files(present, most)

@@ -12,9 +12,11 @@ use std::time::{Duration, Instant};
 /// The last step before the uffd of adopted memory is closed, when no worker serves the region any
 /// more. It poisons the unfilled pages, because they would read as zeros. Pages that the owner has
 /// discarded are zeros, and stay so.
-pub(crate) fn abandon(region: &Served, adopted: &Foreign) {
+///
+/// False if the owner has to keep its registration, because missing pages would read as zeros.
+pub(crate) fn abandon(region: &Served, adopted: &Foreign) -> bool {
     if adopted.has_ended() {
-        return;
+        return true;
     }
     let (mut rest, mut lost) = (region.target.all(), 0);
     let mut progress = Instant::now();
@@ -40,6 +42,7 @@ pub(crate) fn abandon(region: &Served, adopted: &Foreign) {
         log!(warn, region = region.name, pages = lost, "abandoned before it was filled: poisoned");
     }
     release(region, adopted);
+    true
 }
 
 /// The next pages of a span that are absent and not discarded, as many as one call poisons.
@@ -108,20 +111,22 @@ fn poison_missing(region: &Served, adopted: &Foreign, span: Span) -> Result<(usi
 }
 
 /// Kills the owner if pages cannot be poisoned, or must not be: it would read zeros or wait
-/// forever.
-fn kill_owner(region: &Served, adopted: &Foreign, reason: Outcome) {
+/// forever. False if it cannot be killed.
+fn kill_owner(region: &Served, adopted: &Foreign, reason: Outcome) -> bool {
     if reason == Outcome::ProcessGone {
-        return;
+        return true;
     }
     match adopted.kill_owner() {
         Ok(()) => {
-            log!(warn, region = region.name, ?reason, "abandoned before it was filled: its owner was killed")
+            log!(warn, region = region.name, ?reason, "abandoned before it was filled: its owner was killed");
+            true
         }
         Err(errno) => {
             log!(error, region = region.name, ?reason, %errno, "abandoned, and its owner cannot be killed: it may wait forever");
             // The uffd stays open, because closing it would show zeros to the owner; it waits
             // instead.
             region.keep_open();
+            false
         }
     }
 }
@@ -129,5 +134,5 @@ fn kill_owner(region: &Served, adopted: &Foreign, reason: Outcome) {
 /// The most pages that one call poisons.
 const POISON_PAGES: usize = 512;
 /// An owner that discards pages for this long without a pause, so that none can be poisoned, is
-/// killed.
+/// killed. At the end, its last discard is waited for as long.
 const CHANGING_MAX: Duration = Duration::from_secs(1);

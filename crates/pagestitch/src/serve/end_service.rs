@@ -19,7 +19,7 @@ impl Served {
     ///
     /// True if the target is fenced and no thread waited there.
     pub(crate) fn end_service(&self) -> bool {
-        let mut has_waiters = true;
+        let (mut has_waiters, mut is_released) = (true, false);
         match &self.target {
             // No page of it is missing.
             Target::Owned(_) if self.uffd.is_stand_in() => {}
@@ -42,10 +42,10 @@ impl Served {
                     reservation.linger();
                 }
             }
-            Target::Foreign(adopted) => abandon(self, adopted),
+            Target::Foreign(adopted) => is_released = abandon(self, adopted),
         }
         self.wake(self.target.all());
-        if self.target.foreign().is_some() {
+        if is_released {
             block_forks(self);
         }
         let began = Instant::now();

@@ -97,7 +97,7 @@ impl LazyMemfd {
             let what = "cannot use the descriptor: a memfd that is filled later must be open for writing too";
             return Err(Error::new(ErrorKind::UnusableFile, what));
         }
-        if !shared.is_in_memory().map_err(|errno| unusable(errno.into()))? {
+        if !shared.cache().is_in_memory() {
             let what =
                 "cannot use the descriptor: only a memfd or a file of a tmpfs records which pages are filled";
             return Err(Error::new(ErrorKind::UnusableFile, what));

@@ -10,6 +10,7 @@ use super::lazy::LazyMemfd;
 use crate::guard::guarded;
 use crate::method::{Method, PlanReason};
 use nix::libc::O_NONBLOCK;
+use pagestitch_kernel::file_readahead::FileCache;
 use pagestitch_kernel::immutable::Grounds;
 use pagestitch_kernel::physical::Physical;
 use pagestitch_kernel::shared::{Alias, SharedFile, Sharing};
@@ -72,8 +73,8 @@ pub(crate) struct Mapped {
     kind: MappedKind,
     /// The device and inode of a file that has a name.
     file: Option<(u64, u64)>,
-    /// As [`SharedFile::shows_residency`].
-    shows_residency: bool,
+    /// The page cache of such a file.
+    cache: Option<FileCache>,
 }
 
 /// The name of a source. The path of an immutable file becomes text only for a plan or an error.
@@ -97,23 +98,21 @@ impl Mapped {
     /// The name and size of a sealed memfd.
     pub(super) fn sealed(memfd: &dyn Source) -> Self {
         let name = Name::Text(memfd.name());
-        Self { name, size: memfd.size(), kind: MappedKind::Sealed, file: None, shows_residency: true }
+        Self { name, size: memfd.size(), kind: MappedKind::Sealed, file: None, cache: None }
     }
 
     /// The name, size and identity of a file; `None` for one without a name.
     pub(super) fn file(file: &SharedFile, sharing: Sharing) -> Option<Self> {
         let identity = identity(file.file())?;
         let (name, kind) = (Name::Text(file.name()), MappedKind::Shared(sharing));
-        let shows_residency = file.shows_residency();
-        Some(Self { name, size: file.size(), kind, file: Some(identity), shows_residency })
+        Some(Self { name, size: file.size(), kind, file: Some(identity), cache: Some(file.cache()) })
     }
 
     /// The name, size and identity of an immutable file.
     pub(super) fn immutable(file: &ImmutableFile) -> Self {
         let (stable, name) = (file.stable(), Name::Path(Arc::clone(file.path())));
         let kind = MappedKind::Immutable(stable.grounds());
-        let (file_identity, shows_residency) = (stable.identity(), stable.shows_residency());
-        Self { name, size: file.size(), kind, file: Some(file_identity), shows_residency }
+        Self { name, size: file.size(), kind, file: Some(stable.identity()), cache: Some(stable.cache()) }
     }
 
     /// The name and size of a source whose bytes are copied.
@@ -121,7 +120,7 @@ impl Mapped {
         let name = guarded(|| source.name());
         let name = Name::Text(name.unwrap_or_else(|said| format!("a source whose name panics: {said}")));
         let size = guarded(|| source.size()).unwrap_or(0);
-        Self { name, size, kind: MappedKind::Copied(method, reason), file: None, shows_residency: false }
+        Self { name, size, kind: MappedKind::Copied(method, reason), file: None, cache: None }
     }
 
     /// The plan of its chunks, if their bytes are copied.
@@ -132,10 +131,9 @@ impl Mapped {
         }
     }
 
-    /// For a file, which may be on a disk: its device, and whether the kernel tells which of its pages are in
-    /// memory.
-    pub(crate) fn file_on_device(&self) -> Option<(u64, bool)> {
-        self.file.map(|(device, _)| (device, self.shows_residency))
+    /// The page cache of a file that has a name.
+    pub(crate) const fn cache(&self) -> Option<FileCache> {
+        self.cache
     }
 
     /// True if a write to the mapping is one to the source.

@@ -3,14 +3,14 @@
 //! | call | does |
 //! |---|---|
 //! | `populate` | reads and maps all pages, so that a page that cannot be read is an error now and no signal later |
-//! | `prefetch` | has the kernel begin to read a short run, or both **edges** of a long one; workers read and map the middle |
+//! | `prefetch` | has the kernel begin to read a short run, or both **edges** of a long one; workers then read and map all of it |
 //!
 //! The kernel's readahead of a page reads the pages around it, too. With the edges in memory, it reads none
 //! outside of the run.
 
 use crate::source::{Backing, Shared};
 use crate::space::{Mapping, Target};
-use pagestitch_kernel::file_readahead;
+use pagestitch_kernel::file_readahead::FileCache;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, Reservation, Span};
 
@@ -37,16 +37,21 @@ impl Mapping {
         while let Some(run) = self.next_file_run(rest) {
             rest = rest.without_prefix(run.span.end().0 - rest.first.0);
             has_middle |= !run.is_short();
-            let is_needed = |edge: &Span| !run.shows_residency || !has_all(run.reservation, *edge);
+            let is_needed = |edge: &Span| !run.cache.shows_residency() || !has_all(run.reservation, *edge);
             run.edges().into_iter().filter(is_needed).for_each(|edge| run.reservation.will_need(edge));
         }
         has_middle
     }
 
     /// Reads and maps the first pages of files in a span, at most so many. Returns the number of leading pages
-    /// of the span that need no more. Without any such page, that is all of them.
+    /// of the span that are done. If it has no pages of files, these are all.
     pub(crate) fn populate_first_files(&self, span: Span, most: usize) -> usize {
         let Some(run) = self.next_file_run(span) else { return span.pages };
+        if run.cache.is_in_memory() {
+            // A read would allocate the pages of holes.
+            run.reservation.will_need(run.span);
+            return run.span.end().0 - span.first.0;
+        }
         let first = FileRun { span: run.span.prefix(most), ..run };
         // A page that cannot be read is the error of its touch.
         let _ = first.populate(&|| true);
@@ -62,9 +67,8 @@ impl Mapping {
                 rest = rest.without_prefix(self.in_place.next_gap(rest).pages.max(1));
                 continue;
             };
-            if let Some((device, shows_residency)) = file_on_device(self.layout.backing_of(run.chunk)) {
-                let window = file_readahead::window(device);
-                return Some(FileRun { reservation, span: rest.prefix(pages), window, shows_residency });
+            if let Some(cache) = cache_of(self.layout.backing_of(run.chunk)) {
+                return Some(FileRun { reservation, span: rest.prefix(pages), cache });
             }
             rest = rest.without_prefix(pages);
         }
@@ -76,10 +80,7 @@ impl Mapping {
 struct FileRun<'m> {
     reservation: &'m Reservation,
     span: Span,
-    /// The bytes that the kernel's readahead of the file's device reads.
-    window: usize,
-    /// True if the kernel tells which pages are in memory.
-    shows_residency: bool,
+    cache: FileCache,
 }
 
 impl FileRun<'_> {
@@ -96,7 +97,7 @@ impl FileRun<'_> {
         }
         let page = self.reservation.page_size().bytes();
         // Twice as much as the window of the device asks for, because that of a descriptor may be twice as long.
-        let window = self.window.max(WINDOW_MIN);
+        let window = self.cache.window().max(WINDOW_MIN);
         let first = self.span.prefix(window.min(BEFORE_MAX) / page);
         let behind = window.saturating_mul(4).min(BEHIND_MAX);
         [first, self.span.without_prefix(first.pages).suffix(behind / page)]
@@ -105,7 +106,7 @@ impl FileRun<'_> {
     /// Reads and maps the pages. The error has those that cannot be read.
     fn populate(&self, go_on: &dyn Fn() -> bool) -> Result<(), (Span, Errno)> {
         // The kernel's readahead would read few pages at once.
-        let in_pieces = self.window < WINDOW_MIN;
+        let in_pieces = self.cache.window() < WINDOW_MIN;
         let mut rest = self.span;
         while !rest.is_empty() && go_on() {
             let block = rest.prefix(HUGE / self.reservation.page_size().bytes());
@@ -138,12 +139,12 @@ const WINDOW_MIN: usize = 128 << 10;
 const BEFORE_MAX: usize = 4 << 20;
 const BEHIND_MAX: usize = 16 << 20;
 
-/// For a file, which may be on a disk: its device, and whether the kernel tells which of its pages are in memory.
-fn file_on_device(backing: &Backing) -> Option<(u64, bool)> {
+/// The page cache of a file.
+fn cache_of(backing: &Backing) -> Option<FileCache> {
     match backing {
-        Backing::Immutable(file) => Some((file.stable().identity().0, file.stable().shows_residency())),
-        Backing::Shared(Shared::File(file, _)) => Some((file.identity().0, file.shows_residency())),
-        Backing::Mapped(mapped) => mapped.file_on_device(),
+        Backing::Immutable(file) => Some(file.stable().cache()),
+        Backing::Shared(Shared::File(file, _)) => Some(file.cache()),
+        Backing::Mapped(mapped) => mapped.cache(),
         _ => None,
     }
 }
