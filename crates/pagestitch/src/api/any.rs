@@ -1,7 +1,6 @@
 //! The part that regions of all kinds share: queries, population, and the teardown in order.
 
 use crate::api::PrefetchHandle;
-use crate::api::refused::refused;
 use crate::error::Failure;
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::{PrefetchJob, let_write};
@@ -198,11 +197,7 @@ impl AnyRegion {
 
     fn populate_span(&self, span: Span, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Error> {
         self.fill(span, go_on)?;
-        self.served.populate_files(span, go_on).map_err(|(unread, errno)| {
-            let mut range = self.served.page_size().offsets(unread);
-            range.end = range.end.min(self.len() as u64);
-            refused(self, "read", &range, errno)
-        })
+        self.served.populate_files(span, go_on).map_err(|(unread, errno)| self.unread(unread, errno))
     }
 
     /// Refuses to fill more pages than the region's budget has room for.

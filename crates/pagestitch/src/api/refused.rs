@@ -1,15 +1,24 @@
-//! The errors of `read_at` and `write_at` where the kernel does not copy the bytes of a region.
+//! The errors of `read_at`, `write_at` and `populate` where the kernel does not copy or read the bytes of a region.
 
 use crate::api::AnyRegion;
 use crate::error::{Error, ErrorKind, FailureReason};
 use crate::source::{Backing, Shared};
 use crate::space::layout::Piece;
 use nix::sys::statvfs::fstatvfs;
-use pagestitch_kernel::{Errno, PageSize};
+use pagestitch_kernel::{Errno, PageSize, Span};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+
+impl AnyRegion {
+    /// The error for pages of a file in place that cannot be read.
+    pub(super) fn unread(&self, span: Span, errno: Errno) -> Error {
+        let mut range = self.served.page_size().offsets(span);
+        range.end = range.end.min(self.len() as u64);
+        refused(self, "read", &range, errno)
+    }
+}
 
 /// The error for bytes that the kernel does not copy.
 pub(super) fn refused(region: &AnyRegion, done: &str, range: &Range<u64>, errno: Errno) -> Error {
