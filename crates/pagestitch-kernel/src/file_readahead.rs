@@ -18,7 +18,12 @@ impl FileCache {
         Self { device, is_in_memory, shows_residency }
     }
 
-    /// The window of the kernel's readahead, in bytes. See [`window`].
+    /// The window of the kernel's readahead, in bytes. Where the kernel does not tell it: 8 MiB, because a window
+    /// that is too large only costs time.
+    ///
+    /// A touch of a mapped page has the kernel read from half a window before the page to half a window behind it,
+    /// and touches in their order up to two windows ahead. The windows of a file are twice as long if its descriptor
+    /// was advised so (`POSIX_FADV_SEQUENTIAL`).
     #[must_use]
     pub fn window(&self) -> usize {
         window(self.device)
@@ -39,14 +44,8 @@ impl FileCache {
     }
 }
 
-/// The window of the kernel's readahead for the files of a device, in bytes. Where the kernel does not tell it:
-/// 8 MiB, because a window that is too large only costs time. `device` is the `st_dev` of a file.
-///
-/// A touch of a mapped page has the kernel read from half a window before the page to half a window behind it,
-/// and touches in their order up to two windows ahead. The windows of a file are twice as long if its descriptor
-/// was advised so (`POSIX_FADV_SEQUENTIAL`).
-#[must_use]
-pub fn window(device: u64) -> usize {
+/// The window for the files of a device, which is the `st_dev` of a file.
+fn window(device: u64) -> usize {
     static LAST: Mutex<Option<(u64, usize)>> = Mutex::new(None);
     // Another thread may hold the lock at a fork, so that a child must not wait for it.
     let Ok(mut last) = LAST.try_lock() else { return read_window(device) };

@@ -244,8 +244,9 @@ impl AnyRegion {
     ///   4 MiB the kernel begins to read both ends, from where its readahead would reach outside (with the
     ///   default window of 128 KiB, the first 128 KiB and the last 512 KiB; where the window is not in sysfs,
     ///   as on btrfs and overlayfs, 4 MiB and 16 MiB). Workers then read and map the whole range, and wait
-    ///   for the disk as they do in a source. A shorter range the kernel begins as a whole. An
-    ///   [`Eager`](crate::Eager) region has no workers. Holes in files of a tmpfs stay holes.
+    ///   for the disk as they do in a source. The kernel begins a shorter range as a whole. An
+    ///   [`Eager`](crate::Eager) region has no workers, so touches read the middle. Holes in files of a tmpfs
+    ///   stay holes.
     ///   [`PrefetchProgress`](crate::PrefetchProgress) does not count these pages. One that cannot be read is no
     ///   error here: its first touch gets SIGBUS.
     /// * **Recordings** ([`record`](crate::Builder::record)) have no touch of a page that is filled

@@ -52,10 +52,10 @@ impl Mapping {
             run.reservation.will_need(run.span);
             return run.span.end().0 - span.first.0;
         }
-        let first = FileRun { span: run.span.prefix(most), ..run };
+        let first = run.span.prefix(most);
         // A page that cannot be read is the error of its touch.
-        let _ = first.populate(&|| true);
-        first.span.end().0 - span.first.0
+        let _ = run.read(first);
+        first.end().0 - span.first.0
     }
 
     /// The first run of a span that is mapped in place from one file, which may be on a disk.
@@ -105,23 +105,28 @@ impl FileRun<'_> {
 
     /// Reads and maps the pages. The error has those that cannot be read.
     fn populate(&self, go_on: &dyn Fn() -> bool) -> Result<(), (Span, Errno)> {
-        // The kernel's readahead would read few pages at once.
-        let in_pieces = self.cache.window() < WINDOW_MIN;
         let mut rest = self.span;
         while !rest.is_empty() && go_on() {
             let block = rest.prefix(HUGE / self.reservation.page_size().bytes());
-            if in_pieces {
-                self.reservation.will_need(block);
-            }
-            match self.reservation.populate_read(block) {
-                Ok(()) => {}
-                // Linux before 5.14.
-                Err(Errno::EINVAL) => self.reservation.will_need(block),
-                Err(errno) => return Err((block, errno)),
-            }
+            self.read(block).map_err(|errno| (block, errno))?;
             rest = rest.without_prefix(block.pages);
         }
         Ok(())
+    }
+
+    /// Reads and maps some of the pages. Linux 5.14; before, it has the kernel begin to read them.
+    fn read(&self, pages: Span) -> Result<(), Errno> {
+        if self.cache.window() < WINDOW_MIN {
+            // The kernel's readahead would read few pages at once.
+            self.reservation.will_need(pages);
+        }
+        match self.reservation.populate_read(pages) {
+            Err(Errno::EINVAL) => {
+                self.reservation.will_need(pages);
+                Ok(())
+            }
+            read => read,
+        }
     }
 }
 
