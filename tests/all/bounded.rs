@@ -1,18 +1,17 @@
 //! Regions with a budget: pages leave, come back with the same bytes, and resident memory stays within it.
 
-use crate::bounded_writes::moves_no_pages;
 use crate::discard;
 use crate::inline_files::file_of;
 use crate::machine::rounds;
 use crate::waits::until;
 use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, OnFailure, Pool, Region, Server};
-use pagestitch::{SharedRegion, Source, WriteBack};
+use pagestitch::{SharedRegion, Source};
 use pagestitch_testkit::scope::scope;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -285,42 +284,14 @@ fn a_region_that_cannot_lose_pages_refuses_a_budget() {
         builder().inherit_on_fork().build(&pool).unwrap_err(),
         builder().release_sources().build(&pool).unwrap_err(),
         builder().build(Eager).unwrap_err(),
-        Region::builder()
-            .chunk(Chunk::writable(Arc::new(Mutex::new(vec![7; 10]))))
-            .budget(&budget)
-            .writable()
-            .write_back(WriteBack::ToSource)
-            .build_shared(Inline)
-            .unwrap_err(),
         builder().chunk(Chunk::from("more").on_failure(OnFailure::Zeros)).build(&pool).unwrap_err(),
         builder().chunk(file_of(b"more")).build(Inline).unwrap_err(),
     ];
     for error in &errors {
         assert_eq!(error.option(), Some(BuildOption::Budget), "{error}");
     }
-    assert_eq!((errors[6].chunk(), errors[7].chunk()), (Some(1), Some(1)));
+    assert_eq!((errors[5].chunk(), errors[6].chunk()), (Some(1), Some(1)));
     assert_eq!(budget.resident_bytes(), 0);
-}
-
-#[test]
-fn inline_regions_and_regions_with_write_back_have_different_budgets() {
-    if moves_no_pages() {
-        return;
-    }
-    let (budgets, pool) = ([(); 2].map(|()| Budget::bytes(BUDGET).unwrap()), pool(1));
-    let inline = |budget| Region::builder().chunk("text").budget(budget).build(Inline);
-    let written = |budget| {
-        let builder =
-            Region::builder().chunk(Chunk::writable(Arc::new(Mutex::new(vec![7; 10])))).budget(budget);
-        builder.writable().write_back(WriteBack::ToSource).build_shared(&pool)
-    };
-    let regions = (inline(&budgets[0]).unwrap(), written(&budgets[1]).unwrap());
-    for error in [written(&budgets[0]).unwrap_err(), inline(&budgets[1]).unwrap_err()] {
-        assert_eq!((error.kind(), error.option()), (ErrorKind::OptionConflict, Some(BuildOption::Budget)));
-    }
-    drop(regions);
-    written(&budgets[0]).unwrap();
-    inline(&budgets[1]).unwrap();
 }
 
 const BUDGET: u64 = 6 << 20;

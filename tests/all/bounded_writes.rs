@@ -50,6 +50,12 @@ impl Disk {
         self.fail_times(usize::MAX, errno);
     }
 
+    /// Writes to pages from this one on fail.
+    pub(crate) fn fail_from(&self, page: usize, errno: i32) {
+        self.failing[0].store(page, Ordering::SeqCst);
+        self.fail(errno);
+    }
+
     fn fail_times(&self, times: usize, errno: i32) {
         self.failures.store(times, Ordering::SeqCst);
         self.errno.store(errno as usize, Ordering::SeqCst);
@@ -138,18 +144,18 @@ pub(crate) fn word(region: &SharedRegion, page: usize) -> &AtomicU64 {
 
 /// Has the kernel swap the region out, where swap is on.
 #[expect(unsafe_code, reason = "advice for the kernel")]
-fn swap_out(region: &SharedRegion) {
+pub(crate) fn swap_out(region: &SharedRegion) {
     // SAFETY: the advice changes no byte. A kernel or sandbox that refuses it swaps nothing out.
     let _ = unsafe { libc::madvise(region.as_ptr().as_ptr().cast(), region.len(), libc::MADV_PAGEOUT) };
 }
 
-fn mix(value: u64) -> u64 {
+pub(crate) fn mix(value: u64) -> u64 {
     let value = (value ^ value >> 31).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb)
 }
 
 /// Several threads write words of their own pages, and verify each page before. Half of the touches write.
-fn write_and_verify(region: &SharedRegion, threads: usize, touches: usize) -> Vec<u64> {
+pub(crate) fn write_and_verify(region: &SharedRegion, threads: usize, touches: usize) -> Vec<u64> {
     let mine = PAGES / threads;
     let shadows = scope(|scope| {
         let write = |thread: usize| {
@@ -304,8 +310,7 @@ fn a_fault_waits_for_room_as_long_as_writes_succeed_now_and_then() {
     let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
     // The writes of this page succeed, and make no room.
     region.pin(..PAGE as u64).unwrap();
-    disk.failing[0].store(1, Ordering::SeqCst);
-    disk.fail(EIO);
+    disk.fail_from(1, EIO);
     scope(|scope| {
         let write = |page: usize, value: u64| region.write_at((page * PAGE) as u64, &value.to_ne_bytes());
         let writer = scope.spawn(move || (1..PAGES).try_for_each(|page| write(page, page as u64)));

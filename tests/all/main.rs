@@ -36,6 +36,7 @@ mod immutable;
 mod inherited;
 mod inline;
 mod inline_files;
+mod inline_writes;
 mod journey;
 mod lazy;
 mod limits;

@@ -37,6 +37,27 @@ pub enum FaultKind {
     WriteProtect,
 }
 
+/// The access of a thread that is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Touch {
+    /// A read of an absent page, or an access that is not known.
+    Read,
+    /// A write to an absent page; or an access that may be one.
+    Write,
+    /// A write to a page that is write-protected.
+    Denied,
+}
+
+impl From<Fault> for Touch {
+    fn from(fault: Fault) -> Self {
+        match (fault.kind, fault.write) {
+            (FaultKind::WriteProtect, _) => Self::Denied,
+            (_, true) => Self::Write,
+            (_, false) => Self::Read,
+        }
+    }
+}
+
 /// A change of the memory map. The thread that makes it waits until the event is read.
 #[derive(Debug)]
 pub enum Event {

@@ -21,6 +21,7 @@
 //! ours runs there too.
 
 use crate::errno::Errno;
+use crate::event::Touch;
 use crate::fork::ForkGeneration;
 use crate::page::AddressRange;
 use crate::rcu::{Rcu, ReadGuard, Writer};
@@ -47,8 +48,9 @@ use std::{fmt, mem, ptr, thread};
 /// - it neither panics nor unwinds, and touches no memory whose pages are filled in this way.
 #[expect(unsafe_code, reason = "declares an obligation")]
 pub unsafe trait FaultHandler: Send + Sync {
-    /// Fills the page of `address`, so that the retried access succeeds. False if it cannot.
-    fn serve(&self, address: usize) -> bool;
+    /// Fills the page of `address`, or lets it be written, so that the retried access succeeds. False if it
+    /// cannot. A page that was absent may be write-protected by now.
+    fn serve(&self, address: usize, touch: Touch) -> bool;
 
     /// True if [`serve`](Self::serve) may wait, as a read of a file waits for its disk. Then only the
     /// drop of its own [`Registration`] waits for it. Asked once, by [`Registration::new`].
@@ -216,31 +218,50 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
     // SAFETY: the kernel passes a valid siginfo to a handler with SA_SIGINFO.
     #[expect(unsafe_code, reason = "reads what the kernel has handed over")]
     let about = unsafe { &*info };
+    // SAFETY: the kernel passes the state of the interrupted thread to such a handler.
+    #[expect(unsafe_code, reason = "reads what the kernel has handed over")]
+    let interrupted = unsafe { &mut *context.cast::<libc::ucontext_t>() };
     let code = about.si_code;
     // A missing page is an address error. A poisoned page is not, and neither is a signal that a
     // process has sent.
     let served = code == libc::BUS_ADRERR && {
-        if blocked_before(context) & bit(KEPT_BY_C) != 0 {
+        if blocked_before(interrupted) & bit(KEPT_BY_C) != 0 {
             end_nested();
             return;
         }
         // SAFETY: a SIGBUS with this code has an address.
         #[expect(unsafe_code, reason = "reads a field of a union")]
         let address = unsafe { about.si_addr() };
-        serve(address.addr())
+        serve(address.addr(), touch(interrupted))
     };
     nix::errno::Errno::set_raw(errno);
     if !served {
-        pass_on(signal, code, info, context);
+        pass_on(signal, code, info, interrupted);
     }
 }
 
+/// The interrupted access.
+#[cfg(target_arch = "x86_64")]
+const fn touch(interrupted: &libc::ucontext_t) -> Touch {
+    /// Bits of the processor's error code of a page fault: the page is present, and the access is a write.
+    const PRESENT: i64 = 1 << 0;
+    const WRITE: i64 = 1 << 1;
+    let code = interrupted.uc_mcontext.gregs[libc::REG_ERR as usize];
+    match (code & WRITE != 0, code & PRESENT != 0) {
+        (false, _) => Touch::Read,
+        (true, false) => Touch::Write,
+        (true, true) => Touch::Denied,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+const fn touch(_: &libc::ucontext_t) -> Touch {
+    Touch::Write
+}
+
 /// The signals that were blocked in the interrupted thread.
-fn blocked_before(context: *mut c_void) -> u64 {
-    // SAFETY: the kernel passes a valid context to a handler with SA_SIGINFO.
-    #[expect(unsafe_code, reason = "reads what the kernel has handed over")]
-    let context = unsafe { &*context.cast::<libc::ucontext_t>() };
-    let mask = (&raw const context.uc_sigmask).cast::<u64>();
+fn blocked_before(interrupted: &libc::ucontext_t) -> u64 {
+    let mask = (&raw const interrupted.uc_sigmask).cast::<u64>();
     // SAFETY: a signal set is an array of words, and the kernel knows the 64 signals of the first.
     #[expect(unsafe_code, reason = "the bits of a signal set")]
     unsafe {
@@ -269,11 +290,12 @@ fn end_by_default() {
     let _ = unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
 }
 
-fn serve(address: usize) -> bool {
-    let Some(inside) = enter(address) else { return false };
+fn serve(address: usize, touch: Touch) -> bool {
+    // By reference, because the stack may be small.
+    let Some(ref inside) = enter(address) else { return false };
     // SAFETY: the registration keeps the handler while this thread is inside.
     #[expect(unsafe_code, reason = "a handler that another thread keeps")]
-    unsafe { &*inside.fault_handler }.serve(address)
+    unsafe { &*inside.fault_handler }.serve(address, touch)
 }
 
 /// A thread inside a fault handler, which its registration keeps meanwhile.
@@ -312,7 +334,7 @@ impl Drop for Inside {
 }
 
 /// Does with a foreign signal what the process would do without our handler.
-fn pass_on(signal: c_int, code: c_int, info: *mut siginfo_t, context: *mut c_void) {
+fn pass_on(signal: c_int, code: c_int, info: *mut siginfo_t, interrupted: &mut libc::ucontext_t) {
     let Some(before) = BEFORE.get().map(Before::get) else { return end_by_default() };
     match before.sa_sigaction {
         // The kernel does not let a process ignore a fault.
@@ -325,8 +347,8 @@ fn pass_on(signal: c_int, code: c_int, info: *mut siginfo_t, context: *mut c_voi
             }
         }
         handler => {
-            let blocked = blocked_for(before, context);
-            let _ = blocked.thread_set_mask();
+            let _ = blocked_for(before, interrupted).thread_set_mask();
+            let context = ptr::from_mut(interrupted).cast();
             call(handler, before.sa_flags & libc::SA_SIGINFO != 0, (signal, info, context));
         }
     }
@@ -334,11 +356,11 @@ fn pass_on(signal: c_int, code: c_int, info: *mut siginfo_t, context: *mut c_voi
 
 /// The signals to block while a previous handler runs: those that were blocked, those that it asks
 /// for, and SIGBUS.
-fn blocked_for(handler: &libc::sigaction, context: *mut c_void) -> SigSet {
+fn blocked_for(handler: &libc::sigaction, interrupted: &libc::ucontext_t) -> SigSet {
     let mask = (&raw const handler.sa_mask).cast::<u64>();
     // SAFETY: a signal set is an array of words, and the kernel knows the 64 signals of the first.
     #[expect(unsafe_code, reason = "the bits of a signal set")]
-    let mut blocked = unsafe { mask.read() } | blocked_before(context);
+    let mut blocked = unsafe { mask.read() } | blocked_before(interrupted);
     if handler.sa_flags & libc::SA_NODEFER == 0 {
         blocked |= bit(libc::SIGBUS);
     }
@@ -429,7 +451,7 @@ mod tests {
     // SAFETY: the test calls it, and no signal handler.
     #[expect(unsafe_code, reason = "a fault handler of a test")]
     unsafe impl FaultHandler for Hanging {
-        fn serve(&self, _: usize) -> bool {
+        fn serve(&self, _: usize, _: Touch) -> bool {
             self.begun.send(()).unwrap();
             while !self.is_over.load(Ordering::SeqCst) {
                 thread::sleep(MOMENT);
@@ -453,7 +475,7 @@ mod tests {
         let hanging = Arc::new(Hanging { begun, is_over: AtomicBool::new(false) });
         let registration =
             Registration::new(range(2), Arc::clone(&hanging) as Arc<dyn FaultHandler>).unwrap();
-        let serves = thread::spawn(|| serve(range(2).start()));
+        let serves = thread::spawn(|| serve(range(2).start(), Touch::Read));
         has_begun.recv().unwrap();
         let (done, is_done) = mpsc::channel();
         let others = done.clone();

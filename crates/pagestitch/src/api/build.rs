@@ -164,10 +164,6 @@ fn check_budget(
 /// Refuses what a signal handler cannot do with pages that leave and come back.
 fn check_in_handler(options: &Options, layout: &Layout) -> Result<(), Error> {
     let refused = |what: String| Error::new(ErrorKind::UnsuitableServer, what).of_option(BuildOption::Budget);
-    if options.serve_options.record_of_writes.is_some() {
-        let what = "a signal handler writes no pages back: leave out write_back() or budget(), or use a pool";
-        return Err(refused(what.to_owned()));
-    }
     match layout.first_unstable().filter(|_| options.slices) {
         Some((chunk, source)) => {
             let what = format!(
@@ -281,12 +277,9 @@ fn join(
     if staged.is_err() {
         reservation.use_small_pages();
     }
-    let evicted = if options.serve_options.record_of_writes.is_some() {
-        Evicted::WrittenBack
-    } else if server.inner().is_in_handler() {
-        Evicted::InHandlers
-    } else {
-        Evicted::ByThreads
+    let evicted = Evicted {
+        in_handlers: server.inner().is_in_handler(),
+        written_back: options.serve_options.record_of_writes.is_some(),
     };
     budget.join(evictable(reservation), layout, (options.slices, evicted, staged.is_ok())).map(Some)
 }

@@ -30,18 +30,22 @@ impl Mode {
     }
 }
 
-/// As [`install`], for the page of a signal handler, with less of its small stack.
-pub(super) fn install_in_handler(
-    region: &Mapping,
-    claim: &mut Claim<'_>,
-    filled: &mut Filled<'_>,
-) -> Result<usize, InstallError> {
-    install_some(region, claim, claim.span().prefix(1), &mut filled.content, 0, true)
-}
-
 /// Installs the filled pages at the start of the claim, settles and records them; returns their
 /// number.
 pub(super) fn install(
+    region: &Mapping,
+    claim: &mut Claim<'_>,
+    filled: &mut Filled<'_>,
+    mode: Mode,
+) -> Result<usize, InstallError> {
+    match mode.is_quiet() {
+        // A signal handler fills one page, and has a small stack.
+        true => install_some(region, claim, claim.span().prefix(1), &mut filled.content, 0, true),
+        false => install_all(region, claim, filled, mode),
+    }
+}
+
+fn install_all(
     region: &Mapping,
     claim: &mut Claim<'_>,
     filled: &mut Filled<'_>,
@@ -233,11 +237,12 @@ type Put = Option<(Outcome, Method)>;
 #[inline]
 fn copy(region: &Mapping, span: Span, bytes: &[u8], from: usize, method: Method) -> Put {
     let range = region.target.addresses(span);
-    let bytes = &bytes[from..from + range.bytes()];
-    if region.arrives_protected(span.first) {
-        return Some((region.uffd.of(range).copy_protected(range, bytes), method));
-    }
-    Some((region.uffd.of(range).copy(range, bytes), method))
+    let (bytes, uffd) = (&bytes[from..from + range.bytes()], region.uffd.of(range));
+    let outcome = match region.arrives_protected(span.first) {
+        true => uffd.copy_protected(range, bytes),
+        false => uffd.copy(range, bytes),
+    };
+    Some((outcome, method))
 }
 
 /// If writes are recorded, pages arrive write-protected, so that the kernel tells their first write.

@@ -39,16 +39,16 @@ pub(crate) use error::{InstallError, Unfilled};
 pub(crate) use on_fault::{AfterFault, serve};
 pub(crate) use prefetch::{fill_ahead, fill_requested, replay};
 pub(crate) use prefetch_job::{NextStep, PrefetchJob};
-pub(crate) use request::{FaultRequest, Host, Touch};
-pub(crate) use write_protect::let_write;
+pub(crate) use request::{FaultRequest, Host};
+pub(crate) use write_protect::{let_write, let_write_beside};
 
 use crate::signals::NoSignals;
 use crate::space::page_table::{Claim, Wake};
 use crate::space::{Mapping, Prepared, Residence};
 use claim::claim;
 use fill::Filled;
+use install::install;
 pub(crate) use install::{Mode, count};
-use install::{install, install_in_handler};
 use pagestitch_kernel::{Page, Span};
 
 /// Claims pages, fills them and installs them. Afterwards each page is present or poisoned, or it is
@@ -71,7 +71,6 @@ pub(crate) fn journey<F: Filler>(region: &Mapping, wanted: Wanted, filler: &mut 
         let installed = match filler.fill(span) {
             // The install settles and records the pages. The bytes are passed by reference, because
             // a signal handler has a small stack.
-            Ok(ref mut filled) if F::MODE.is_quiet() => install_in_handler(region, &mut claim, filled),
             Ok(ref mut filled) => install(region, &mut claim, filled, F::MODE),
             Err(error) => Err(error),
         };
@@ -120,13 +119,13 @@ fn in_budget<F: Filler>(
     filler: &mut F,
     end: &mut Result<(), Unfilled>,
 ) -> Option<Span> {
-    let (range, writes) = (region.target.addresses(claim.span().prefix(1)), filler.writes());
+    let writes = filler.writes(claim.span());
     // A signal handler that touches a page of its thread's claim must find the written bytes either in
     // standby or in the region.
-    let fills_itself = region.written_back().is_some() && callers::fills_itself(region, claim.span().first);
-    let prepared = match fills_itself {
-        true => without_handlers(|| residence.prepare(claim, range, region.uffd.of(range), writes)),
-        false => residence.prepare(claim, range, region.uffd.of(range), writes),
+    let prepared = match region.written_back().is_some() && callers::fills_itself(region, claim.span().first)
+    {
+        true => prepare_without_handlers(region, residence, claim, writes),
+        false => prepare(region, residence, claim, writes),
     };
     match prepared {
         Prepared::Fill(span) => Some(span),
@@ -135,18 +134,41 @@ fn in_budget<F: Filler>(
             None
         }
         Prepared::Changing => {
-            *end = filler.failed(claim, InstallError::Changing);
+            retry(claim, filler, end);
             None
         }
     }
 }
 
+/// The first page of a claim is still absent, because the memory map is changing.
+#[cold]
+#[inline(never)]
+fn retry<F: Filler>(claim: &mut Claim<'_>, filler: &mut F, end: &mut Result<(), Unfilled>) {
+    *end = filler.failed(claim, InstallError::Changing);
+}
+
+#[inline(always)] // a signal handler has a small stack
+fn prepare(
+    region: &Mapping,
+    residence: &dyn Residence,
+    claim: &mut Claim<'_>,
+    writes: Option<Page>,
+) -> Prepared {
+    let range = region.target.addresses(claim.span().prefix(1));
+    residence.prepare(claim, range, region.uffd.of(range), writes)
+}
+
 /// Not a part of its caller, because a signal mask takes much of a small stack.
 #[cold]
 #[inline(never)]
-fn without_handlers<T>(work: impl FnOnce() -> T) -> T {
+fn prepare_without_handlers(
+    region: &Mapping,
+    residence: &dyn Residence,
+    claim: &mut Claim<'_>,
+    writes: Option<Page>,
+) -> Prepared {
     let _quiet = NoSignals::until_dropped();
-    work()
+    prepare(region, residence, claim, writes)
 }
 
 /// The caller of a [`journey`]: the place of the bytes, and the reaction to a failure.
@@ -155,8 +177,8 @@ pub(crate) trait Filler {
     /// False if the filler has the bytes of all pages before the journey begins.
     const HAS_NO_BYTES: bool = true;
 
-    /// The page that a thread is about to write.
-    fn writes(&self) -> Option<Page> {
+    /// The page of a claimed span that a thread is about to write.
+    fn writes(&self, _claimed: Span) -> Option<Page> {
         None
     }
 

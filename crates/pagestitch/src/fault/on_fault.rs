@@ -7,13 +7,14 @@ use crate::fault::fetch::{FetchReason, fetch};
 use crate::fault::fill::{Buffers, Filled};
 use crate::fault::poison::{fail, poison_again};
 use crate::fault::recovery::{Attempts, Pause, Sources, without_memory};
-use crate::fault::request::{FaultRequest, Host, Touch, serve_later};
+use crate::fault::request::{FaultRequest, Host, serve_later};
 use crate::fault::write_protect::{let_write, let_write_beside};
 use crate::fault::{Filler, Wanted, fill_beside, journey};
 use crate::guard::{Entered, discard};
 use crate::metrics::InFlightFault;
 use crate::policy::Prefetch;
 use crate::space::page_table::{Claim, PageState, Unclaimed, Wake};
+use pagestitch_kernel::event::Touch;
 use pagestitch_kernel::{Page, Span};
 use std::sync::Arc;
 use std::thread;
@@ -196,7 +197,7 @@ impl<'a, H: Host> Fault<'a, H> {
 
 impl<H: Host> Filler for Fault<'_, H> {
     #[inline]
-    fn writes(&self) -> Option<Page> {
+    fn writes(&self, _: Span) -> Option<Page> {
         (self.asked.touch != Touch::Read).then_some(self.asked.page)
     }
 

@@ -5,6 +5,7 @@ use crate::fault::recovery::Attempts;
 use crate::space::Mapping;
 use crate::space::page_table::Claim;
 use pagestitch_kernel::Page;
+use pagestitch_kernel::event::Touch;
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -63,17 +64,6 @@ pub(crate) struct FaultRequest {
     /// Whether a worker has taken it up before.
     pub(crate) is_repeated: bool,
     pub(crate) touch: Touch,
-}
-
-/// The access of a faulting thread.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Touch {
-    /// A read of an absent page, or an access that is not known.
-    Read,
-    /// A write to an absent page.
-    Write,
-    /// A write to a page that is write-protected.
-    Denied,
 }
 
 impl FaultRequest {

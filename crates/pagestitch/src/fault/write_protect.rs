@@ -1,5 +1,6 @@
 //! Lets threads write to pages that arrived write-protected, because their region tells written pages.
 
+use crate::fault::Quiet;
 use crate::space::Mapping;
 use crate::space::page_table::PageState;
 use pagestitch_kernel::Span;
@@ -8,10 +9,11 @@ use pagestitch_kernel::Span;
 /// the error is the state of the first page if it is not present.
 ///
 /// The claim keeps an evictor and a flush off the pages between the mark and the end of the protection:
-/// such a page would look clean and be written.
+/// such a page would look clean and be written. Async-signal-safe.
 pub(crate) fn let_write(region: &Mapping, span: Span) -> Result<usize, PageState> {
     let Some(back) = region.written_back() else { return Err(PageState::Present) };
-    let mut claim = region.pages.claim_present(region.in_one_shard(span), region)?;
+    let quiet = Quiet(region);
+    let mut claim = region.pages.claim_present(region.in_one_shard(span), &quiet)?;
     let span = claim.span();
     span.iter().for_each(|page| back.will_write(page));
     unprotect(region, span);
@@ -22,7 +24,7 @@ pub(crate) fn let_write(region: &Mapping, span: Span) -> Result<usize, PageState
 /// As [`let_write`], for a page whose claim belongs to a thread that waits for this one, below a signal
 /// handler.
 #[cold]
-pub(super) fn let_write_beside(region: &Mapping, span: Span) {
+pub(crate) fn let_write_beside(region: &Mapping, span: Span) {
     if let Some(back) = region.written_back() {
         span.iter().for_each(|page| back.will_write(page));
         unprotect(region, span);

@@ -279,10 +279,9 @@ impl Budget {
         let hashed = if slices { unstable_pages(layout, page) } else { Vec::new() };
         let chunks = layout.chunks();
         Share::join(&self.state, evictable, hashed, (chunks, evicted, has_blocks)).map_err(|error| match error {
-            JoinError::Mixed => {
-                let what = "a signal handler writes no pages back, so regions that are served inline and regions with write_back() do not share a budget: make another one";
-                Error::new(ErrorKind::OptionConflict, what).of_option(BuildOption::Budget)
-            }
+            JoinError::NoThread(error) => {
+                Error::no_thread("cannot start the thread that evicts pages for regions that are served inline (ulimit -u)", error)
+            },
             JoinError::Full => {
                 let what = "a budget has at most 1,048,576 regions: make another one";
                 Error::new(ErrorKind::LimitReached, what).of_option(BuildOption::Budget)

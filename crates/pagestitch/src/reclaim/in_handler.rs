@@ -9,9 +9,9 @@
 //!   ends. A wait for another thread's right to choose ends after some tries; the page is an overrun then.
 //! * **No allocation.** Queues, ghosts, slots and places have their memory since the budget or the region
 //!   was made. A region is entered by its gate, so that its last reference is never dropped here.
-//! * **No code of a source, and no write to one.** A budget with regions that are served inline has none whose
-//!   written pages go back, which [`Share::join`](super::share::Share::join) ensures. No page that comes
-//!   back is hashed here, because hashes take more stack: the builder refuses such regions.
+//! * **No code of a source, and no write to one.** Where written pages go back, a thread of the
+//!   [budget](super::evictor) evicts instead. No page that comes back is hashed here, because hashes take more
+//!   stack: the builder refuses such regions.
 //! * **No other signal.** The handler runs with signals blocked, so it does not block them.
 
 use crate::policy::PageKey;
@@ -33,12 +33,20 @@ impl State {
     }
 
     /// As [`Residence::free_in_handler`](crate::space::Residence::free_in_handler).
-    pub(super) fn free_in_handler(&self) {
-        if self.is_full() {
-            let began = Instant::now();
-            self.free_a_page();
-            self.stalled_since(began);
+    pub(super) fn free_in_handler(&self) -> bool {
+        if !self.is_full() {
+            return true;
         }
+        let began = Instant::now();
+        let has_room = match self.evictor.requests() {
+            Some(requests) => self.wait_for_evictor(requests, TRIES),
+            None => {
+                self.free_a_page();
+                true
+            }
+        };
+        self.stalled_since(began);
+        has_room
     }
 
     /// As [`Residence::tidy_in_handler`](crate::space::Residence::tidy_in_handler).
@@ -47,14 +55,17 @@ impl State {
             // A handler that found no room did without it.
             self.permits.store(0, Ordering::SeqCst);
         }
-        if self.is_due() {
-            if let Some(chooser) = self.try_choose() {
-                self.take_away_few(chooser, Need::Later);
-            }
+        if !self.is_due() {
+            return;
+        }
+        if let Some(requests) = self.evictor.requests() {
+            requests.ask();
+        } else if let Some(chooser) = self.try_choose() {
+            self.take_away_few(chooser, Need::Later);
         }
     }
 
-    fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         self.frames() >= self.limit - self.lowered()
     }
 
@@ -224,6 +235,12 @@ impl Share {
     /// Moves the first pages of a run to slots. Returns the number of pages that have moved. If it is 0, the
     /// first page is done.
     fn move_first(&self, region: &Mapping, standby: &Standby, run: Span, slot: usize) -> usize {
+        if self.dirty.is_some() {
+            // The region has joined since the handler looked for the thread that writes pages back.
+            self.page_stays(run.first);
+            standby.slots.skip(slot);
+            return 0;
+        }
         let quiet = Quiet(region);
         match region.pages.claim_present(run, &quiet) {
             Ok(mut claim) => self.move_run(&mut claim, standby, slot, None),

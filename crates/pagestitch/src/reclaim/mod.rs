@@ -7,6 +7,8 @@
 //! | `share` | a region's part in a budget: the fault path calls it |
 //! | `evict` | moves pages out, drops them, and empties slots |
 //! | `in_handler` | the same for the thread of a signal handler, and why that is sound |
+//! | `evictor` | a thread of a budget, which signal handlers ask to evict where written pages go back |
+//! | `for_handlers` | its evictions, and the wait of a handler for them |
 //! | `marks` | the memory that a budget has given up for a while |
 //! | `pressure` | reports of memory pressure lower the marks |
 //! | `requested` | pages that leave or stay because the application asks for it |
@@ -45,10 +47,12 @@ mod blocks;
 mod budget;
 mod dirty;
 mod evict;
+mod evictor;
 #[cfg(feature = "metrics")]
 mod facade;
 mod fingerprints;
 mod flush;
+mod for_handlers;
 mod in_handler;
 mod marks;
 mod metrics;

@@ -12,9 +12,9 @@ use crate::space::{LeftPages, Mapping, Prepared, Residence, WrittenBack};
 use pagestitch_kernel::arena::ArenaError;
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{AddressRange, Errno, Evictable, Page, Span, Uffd};
-use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
+use std::{fmt, io};
 
 /// Enters a region for a thread that evicts its pages, and that serves another region perhaps.
 pub(crate) trait EnterRegion: fmt::Debug + Send + Sync {
@@ -56,20 +56,18 @@ pub(crate) struct Membership(Arc<Share>);
 
 /// The way in which the pages of a region leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Evicted {
-    /// A thread of any kind takes them away.
-    ByThreads,
-    /// As `ByThreads`, and signal handlers that fill its pages take pages of any region of the budget away.
-    InHandlers,
+pub(crate) struct Evicted {
+    /// Signal handlers fill its pages, and take pages of any region of the budget away.
+    pub(crate) in_handlers: bool,
     /// Written pages go back to their sources, which no signal handler does.
-    WrittenBack,
+    pub(crate) written_back: bool,
 }
 
 /// The reason why a region cannot join a budget.
 #[derive(Debug)]
 pub(crate) enum JoinError {
-    /// Signal handlers evict pages of this budget, and written pages go back in it.
-    Mixed,
+    /// No thread can be started that evicts pages for signal handlers.
+    NoThread(io::Error),
     /// The budget has its most regions.
     Full,
     /// There is no memory for its table.
@@ -101,8 +99,7 @@ impl Share {
         let (page, pages) = (evictable.reservation().page_size(), evictable.reservation().pages());
         let places = Places::new(pages).map(Arc::new).map_err(JoinError::NoTable)?;
         let pins = Pins::new(pages).map_err(JoinError::NoTable)?;
-        let is_written_back = evicted == Evicted::WrittenBack;
-        let dirty = is_written_back.then(|| DirtyPages::new(pages, chunks, BATCH));
+        let dirty = evicted.written_back.then(|| DirtyPages::new(pages, chunks, BATCH));
         let dirty = dirty.transpose().map_err(JoinError::NoMoves)?;
         let table_pages = table_pages(&hashed, page);
         let fingerprints = (!hashed.is_empty()).then(|| Fingerprints::new(hashed, page));
@@ -118,11 +115,14 @@ impl Share {
         let mut writer = state.members.write();
         let mut members = writer.current().cloned().unwrap_or_default();
         let member = members.iter().position(Option::is_none).unwrap_or(members.len());
-        let is_mixed = members.iter().flatten().any(|other| other.excludes(evicted));
-        if member >= MEMBERS_MAX || is_mixed {
+        let refused = match member >= MEMBERS_MAX {
+            true => Some(JoinError::Full),
+            false => start_evictor(state, &members, evicted).err().map(JoinError::NoThread),
+        };
+        if let Some(error) = refused {
             state.release(table_pages);
             state.release_hashes(table_pages);
-            return Err(if is_mixed { JoinError::Mixed } else { JoinError::Full });
+            return Err(error);
         }
         let (state, region, resident) = (Arc::clone(state), OnceLock::new(), AtomicUsize::new(0));
         state.writes.regions.fetch_add(usize::from(dirty.is_some()), Ordering::Relaxed);
@@ -147,14 +147,6 @@ impl Share {
         members[member] = Some(Arc::clone(&share));
         writer.publish(members);
         Ok(Membership(share))
-    }
-
-    /// True if regions of these two kinds cannot share a budget.
-    const fn excludes(&self, other: Evicted) -> bool {
-        matches!(
-            (self.evicted, other),
-            (Evicted::InHandlers, Evicted::WrittenBack) | (Evicted::WrittenBack, Evicted::InHandlers)
-        )
     }
 
     /// Calls `work` with the region, inside of its gate. False if the region ends.
@@ -270,8 +262,8 @@ impl Residence for Membership {
         }
     }
 
-    fn free_in_handler(&self) {
-        self.0.state.free_in_handler();
+    fn free_in_handler(&self) -> bool {
+        self.0.state.free_in_handler()
     }
 
     fn tidy_in_handler(&self) {
@@ -384,6 +376,17 @@ impl Drop for Membership {
         let mut members = writer.current().cloned().unwrap_or_default();
         members[*member] = None;
         writer.publish(members);
+    }
+}
+
+/// Starts the thread that evicts pages for signal handlers if a budget with these regions and one more needs it.
+fn start_evictor(state: &Arc<State>, members: &[Option<Arc<Share>>], joins: Evicted) -> io::Result<()> {
+    let has = |kind: fn(Evicted) -> bool| {
+        kind(joins) || members.iter().flatten().any(|member| kind(member.evicted))
+    };
+    match has(|evicted| evicted.in_handlers) && has(|evicted| evicted.written_back) {
+        true => state.evictor.start(state, State::evict_for_handlers),
+        false => Ok(()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Brings a page back from the standby list, without a read of its source.
 
+use crate::policy::PageKey;
 use crate::reclaim::blocks::BLOCK_PAGES;
 use crate::reclaim::places::Place;
 use crate::reclaim::share::Share;
@@ -8,7 +9,7 @@ use crate::reclaim::state::{Standby, count, key_of};
 use crate::space::Prepared;
 use crate::space::page_table::{Claim, PageState};
 use pagestitch_kernel::uffd::Arrival;
-use pagestitch_kernel::{AddressRange, Outcome, Page, Uffd};
+use pagestitch_kernel::{AddressRange, Outcome, Page, Span, Uffd};
 
 /// The answer to a thread that brings a page back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +35,7 @@ impl Share {
         uffd: &Uffd,
         writes: Option<Page>,
     ) -> Prepared {
-        let (first, span) = (claim.span().first, claim.span().prefix(BLOCK_PAGES));
+        let first = claim.span().first;
         if let Place::Slot(slot) = self.places.get(first) {
             match self.bring_back(first, slot as usize, range, uffd, writes == Some(first)) {
                 Return::Done => {
@@ -50,7 +51,15 @@ impl Share {
                 }
             }
         }
-        let span = if self.has_blocks { span } else { span.prefix(FILL_MAX) };
+        Prepared::Fill(self.pages_to_fill(claim.span().prefix(BLOCK_PAGES), writes))
+    }
+
+    /// The pages at the start of a span that are filled at once, of which one is written perhaps.
+    ///
+    /// Not a part of its caller, because a signal handler has a small stack.
+    #[inline(never)]
+    fn pages_to_fill(&self, span: Span, writes: Option<Page>) -> Span {
+        let (first, span) = (span.first, if self.has_blocks { span } else { span.prefix(FILL_MAX) });
         let is_filled = |page: &Page| !matches!(self.places.get(*page), Place::Slot(_));
         let pages = 1 + span.without_prefix(1).iter().take_while(is_filled).count();
         let is_block = pages == BLOCK_PAGES && first.0 % BLOCK_PAGES == 0 && self.has_blocks;
@@ -59,7 +68,7 @@ impl Share {
         if let (Some(dirty), Some(page)) = (&self.dirty, writes.filter(is_written)) {
             dirty.mark(page);
         }
-        Prepared::Fill(filled)
+        filled
     }
 
     /// As [`Residence::return_beside`](crate::space::Residence::return_beside).
@@ -92,23 +101,14 @@ impl Share {
             true => self.copy_back(standby, (slot, frame), (range, uffd), Arrival::Protected),
             false => self.move_back(standby, (slot, frame), (range, uffd)),
         };
-        let left = match back {
-            Ok(left) => left,
-            Err(Outcome::Changing) => {
-                standby.slots.cancel_return(slot, key, frame);
-                return Return::Changing;
-            }
-            // A modified page has its bytes nowhere else.
-            Err(refused) if frame == Frame::Modified => {
-                standby.slots.cancel_return(slot, key, frame);
-                let is_unmapped = refused == Outcome::NotRegistered;
-                return if is_unmapped { Return::Unmapped } else { Return::Changing };
-            }
-            Err(_) => {
-                standby.slots.abandon(slot);
-                return Return::Gone;
-            }
-        };
+        match back {
+            Ok(left) => self.returned(standby, page, slot, left),
+            Err(refused) => not_returned(standby, (slot, frame), key, refused),
+        }
+    }
+
+    /// The page of a slot is in its region.
+    fn returned(&self, standby: &Standby, page: Page, slot: usize, left: Left) -> Return {
         // A worker that fills the page for a signal handler is not alone: the thread with the claim runs on once
         // the page is there. That thread counts the page then, and may even evict it, but not to this slot, because
         // the slot is taken until now.
@@ -167,6 +167,23 @@ impl Share {
             }
         }
     }
+}
+
+/// The page of a slot is not in its region.
+#[cold]
+fn not_returned(
+    Standby { slots, .. }: &Standby,
+    (slot, frame): (usize, Frame),
+    key: PageKey,
+    refused: Outcome,
+) -> Return {
+    // A modified page has its bytes nowhere else.
+    if refused != Outcome::Changing && frame == Frame::Clean {
+        slots.abandon(slot);
+        return Return::Gone;
+    }
+    slots.cancel_return(slot, key, frame);
+    if refused == Outcome::NotRegistered { Return::Unmapped } else { Return::Changing }
 }
 
 /// What is left in the slot of a page that has come back.

@@ -4,6 +4,7 @@ use crate::policy::{PageKey, Replacement};
 use crate::reclaim::arrivals::Arrivals;
 use crate::reclaim::blocks::{BLOCK_PAGES, Blocks};
 use crate::reclaim::dirty::Writes;
+use crate::reclaim::evictor::Evictor;
 use crate::reclaim::marks::Marks;
 use crate::reclaim::sampling::Sampling;
 use crate::reclaim::slots::{Ends, Slots};
@@ -40,6 +41,8 @@ pub(super) struct State<S> {
     /// Pages that signal handlers may fill above the limit, because nothing could leave.
     pub(super) permits: AtomicUsize,
     pub(super) writes: Writes,
+    /// Evicts pages for signal handlers, where written pages go back.
+    pub(super) evictor: Evictor,
     /// Buffers of threads that write pages back: one for each that has done so at the same time.
     pub(super) buffers: Mutex<Vec<BatchBuffer>>,
     /// The regions, by their number.
@@ -115,6 +118,7 @@ impl<S: Send + Sync> State<S> {
             }),
             permits: AtomicUsize::new(0),
             writes: Writes::default(),
+            evictor: Evictor::default(),
             buffers: Mutex::new(Vec::new()),
             members: Rcu::empty(),
             tally: Tally::default(),

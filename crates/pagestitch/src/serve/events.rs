@@ -1,7 +1,7 @@
 //! The messages of a region: faults become requests, and discards, unmaps, moves and forks are handled.
 
+use crate::fault::FaultRequest;
 use crate::fault::owner::{release, show};
-use crate::fault::{FaultRequest, Touch};
 use crate::serve::Served;
 use crate::serve::fork::first_page;
 use crate::serve::fork::orphans::Remaining;
@@ -286,17 +286,12 @@ pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Optio
         // Except for memfds that are filled later, only a foreign registration requests minor
         // faults.
         FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
-        kind => {
+        _ => {
             // Its words are in no cache if the region is large.
             region.prefetch_page(page);
             let thread = fault.thread as u32;
             let slot = region.counters.begin(page, thread, read);
-            let touch = match (kind, fault.write) {
-                (FaultKind::WriteProtect, _) => Touch::Denied,
-                (_, true) => Touch::Write,
-                (_, false) => Touch::Read,
-            };
-            return Some(FaultRequest::new(page, read, thread, slot).by(touch));
+            return Some(FaultRequest::new(page, read, thread, slot).by((*fault).into()));
         }
     }
     None

@@ -9,7 +9,9 @@ use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::PrefetchJob;
 use crate::fault::callers;
 use crate::fault::fill::{Filled, fill_inline, gather_inline};
-use crate::fault::{Filler, InstallError, Mode, Unfilled, Wanted, fill_beside, journey};
+use crate::fault::{
+    Filler, InstallError, Mode, Unfilled, Wanted, fill_beside, journey, let_write, let_write_beside,
+};
 use crate::method::Method;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer, INLINE};
@@ -17,6 +19,7 @@ use crate::source::Backing;
 use crate::space::page_table::{Claim, PageState, Unclaimed};
 use crate::space::{Chunk, Mapping, Plan, PlanRun};
 use pagestitch_kernel::Features;
+use pagestitch_kernel::event::Touch;
 use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::sigbus::{FaultHandler, Registration};
 use pagestitch_kernel::striped::{STRIPES, Stripe, own_stripe};
@@ -215,8 +218,8 @@ impl Attachment for Attached {
             return Ok(());
         }
         let number = region.layout.next_number();
-        let name = chunk.backing().source().name();
-        Err(cannot_serve(number, &name).inside(&region.name))
+        let (name, is_written) = (chunk.backing().source().name(), chunk.backing().writer().is_some());
+        Err(cannot_serve(number, &name, is_written).inside(&region.name))
     }
 
     fn prefetch(&self, region: &Arc<Served>, _job: &Arc<PrefetchJob>) -> Result<(), Error> {
@@ -246,23 +249,27 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
         .iter()
         .find_map(|run| Some((first_blocking(region, run)?, run.source.clone())));
     let Some((chunk, source)) = blocking else { return Ok(()) };
-    Err(cannot_serve(chunk, &source).inside(&region.name))
+    let is_written = backing(region, chunk).is_some_and(|backing| backing.writer().is_some());
+    Err(cannot_serve(chunk, &source, is_written).inside(&region.name))
 }
 
-fn cannot_serve(chunk: usize, source: &str) -> Error {
+/// `is_written`: written pages go back to the source.
+fn cannot_serve(chunk: usize, source: &str, is_written: bool) -> Error {
+    let instead = if is_written { "a WritableFile" } else { "read it into memory first" };
     let what = format!(
-        "chunk {chunk} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or read it \
-         into memory first"
+        "chunk {chunk} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or {instead}"
     );
     Error::new(ErrorKind::UnsuitableServer, what).of_chunk(chunk)
 }
 
+/// The source of a chunk, by its number.
+fn backing(region: &Served, number: usize) -> Option<&Backing> {
+    region.layout.chunk_of(number).map(|chunk| region.layout.backing_of(chunk))
+}
+
 /// The first chunk of a run that a signal handler cannot fill.
 fn first_blocking(region: &Served, run: &PlanRun) -> Option<usize> {
-    let is_file = |number: usize| {
-        let chunk = region.layout.chunk_of(number);
-        chunk.is_some_and(|chunk| region.layout.backing_of(chunk).file().is_some())
-    };
+    let is_file = |number| backing(region, number).is_some_and(|backing| backing.file().is_some());
     match run.method {
         Method::Buffered => run.chunks.clone().find(|&number| !is_file(number)),
         Method::Continue => Some(run.chunks.start),
@@ -281,12 +288,14 @@ struct Handler {
 // obeys the same rules, as `reclaim/in_handler.rs` shows.
 #[expect(unsafe_code, reason = "the promise that it may run in a signal handler")]
 unsafe impl FaultHandler for Handler {
-    fn serve(&self, address: usize) -> bool {
+    fn serve(&self, address: usize, touch: Touch) -> bool {
         // No gate guard: the thread that takes the registration back waits for the handlers that
         // run.
         let Some(page) = self.region.target.page_at(address) else { return false };
-        free_page(&self.region);
-        let is_served = serve(self, page);
+        if touch == Touch::Denied && lets_write(&self.region, page) {
+            return true;
+        }
+        let is_served = free_page(&self.region) && serve(self, page, touch);
         tidy(&self.region);
         is_served
     }
@@ -301,11 +310,15 @@ unsafe impl FaultHandler for Handler {
     }
 }
 
-/// Frees memory for a page if the budget of the region is used up.
-fn free_page(region: &Mapping) {
-    if let Some(residence) = &region.residence {
-        residence.free_in_handler();
-    }
+/// True if a page may be written from now on. Not a part of its callers, for the sake of the stack.
+#[inline(never)]
+fn lets_write(region: &Mapping, page: Page) -> bool {
+    let_write(region, page.span()).is_ok()
+}
+
+/// Frees memory for a page if the budget of the region is used up. False if there is no room.
+fn free_page(region: &Mapping) -> bool {
+    region.residence.as_ref().is_none_or(|residence| residence.free_in_handler())
 }
 
 /// Frees memory for the next pages if the budget of the region is nearly used up.
@@ -319,14 +332,14 @@ fn tidy(region: &Mapping) {
 ///
 /// Not a part of its caller, which evicts pages before and after it, and needs the stack for that.
 #[inline(never)]
-fn serve(owner: &Handler, page: Page) -> bool {
+fn serve(owner: &Handler, page: Page, touch: Touch) -> bool {
     let region = owner.region.as_ref();
     let before = region.pages.state(page);
     if before == PageState::Poisoned {
         return false;
     }
     region.counters.local().faults.add(1);
-    let mut handler = InHandler { owner, before, buffer: None };
+    let mut handler = InHandler { owner, touch, before, buffer: None };
     if before.is_claimed() {
         // Not a journey: its claim would ask the other thread for a wake, and no thread sleeps.
         return handler.share(page);
@@ -336,11 +349,7 @@ fn serve(owner: &Handler, page: Page) -> bool {
         Ok(()) | Err(Unfilled::Changing) => true,
         Err(Unfilled::Unclaimed(Unclaimed::Filling)) => handler.share(page),
         Err(Unfilled::Unclaimed(reason)) => {
-            // The page is present, or another thread is about to poison it.
-            if reason == Unclaimed::Resident {
-                region.counters.local().faults_spurious.add(1);
-            }
-            thread::yield_now();
+            touch_again(region, page, touch, reason);
             true
         }
         // The page is absent again: this access raises a signal, and `populate` will tell the
@@ -349,9 +358,23 @@ fn serve(owner: &Handler, page: Page) -> bool {
     }
 }
 
+/// A page is present, or another thread is about to poison it.
+#[cold]
+#[inline(never)]
+fn touch_again(region: &Mapping, page: Page, touch: Touch, reason: Unclaimed) {
+    if reason == Unclaimed::Resident {
+        region.counters.local().faults_spurious.add(1);
+        if touch != Touch::Read && lets_write(region, page) {
+            return;
+        }
+    }
+    thread::yield_now();
+}
+
 /// Fills pages in a signal handler.
 struct InHandler<'r> {
     owner: &'r Handler,
+    touch: Touch,
     /// The state of the page before the fault.
     before: PageState,
     /// Not on the stack, because it may be a small one.
@@ -364,7 +387,11 @@ impl InHandler<'_> {
     fn share(&mut self, page: Page) -> bool {
         if callers::fills_itself(self.owner.region.as_ref(), page) {
             // A handler of the application has interrupted this thread while it fills the page.
-            return fill_beside(&self.owner.region, page, self);
+            let is_there = fill_beside(&self.owner.region, page, self);
+            if is_there && self.touch != Touch::Read {
+                let_write_beside(&self.owner.region, page.span());
+            }
+            return is_there;
         }
         self.wait_a_moment(page);
         true
@@ -424,6 +451,10 @@ fn buffers() -> &'static [Buffer] {
 
 impl Filler for InHandler<'_> {
     const MODE: Mode = Mode::InSignalHandler;
+
+    fn writes(&self, claimed: Span) -> Option<Page> {
+        (self.touch != Touch::Read).then_some(claimed.first)
+    }
 
     fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
         if let Some(content) = fill_inline(&self.owner.region, span.first) {
@@ -516,7 +547,9 @@ mod tests {
         served.with_failures_locked(|| {
             let busy: Vec<_> = BUFFERS[1..].iter().map(|buffer| buffer.lock()).collect();
             let serves = Handler { region: Arc::clone(&served), buffers: &BUFFERS };
-            thread::spawn(move || (0..3).for_each(|page| done.send(serve(&serves, Page(page))).unwrap()));
+            thread::spawn(move || {
+                (0..3).for_each(|page| done.send(serve(&serves, Page(page), Touch::Read)).unwrap())
+            });
             for page in 0..3 {
                 assert_eq!(is_done.recv_timeout(Duration::from_secs(20)), Ok(true), "page {page}");
             }

@@ -3,7 +3,7 @@
 use super::contract::Source;
 use super::shared::{Mapped, Shared, SharedKind};
 use super::stable::StableSource;
-use super::writable::WritableSource;
+use super::writable::{WritableFile, WritableSource};
 use super::{Fetched, FileSource, Hole, ImmutableFile, Memfd, Memory};
 use crate::method::{Method, PlanReason};
 use pagestitch_kernel::PageSize;
@@ -37,15 +37,16 @@ impl Backing {
 
     /// A source to which written pages go.
     pub(crate) fn of_writable<S: WritableSource + ?Sized + 'static>(source: Arc<S>) -> Self {
+        let file = (&source as &dyn Any).downcast_ref::<Arc<WritableFile>>().cloned();
         let writer: Arc<dyn WritableSource> = Arc::new(Arc::clone(&source));
-        Self::Read(ReadSource::new(source, Beside::Writer(writer)))
+        Self::Read(ReadSource::new(source, Beside::Writer(writer, file)))
     }
 
     /// The source, if written pages go there.
     pub(crate) fn writer(&self) -> Option<&dyn WritableSource> {
         match self {
             Self::Read(read) => match &read.0.beside {
-                Beside::Writer(writer) => Some(&**writer),
+                Beside::Writer(writer, _) => Some(&**writer),
                 _ => None,
             },
             _ => None,
@@ -104,7 +105,8 @@ impl Backing {
         match self {
             Self::Read(read) => match &read.0.beside {
                 Beside::File(source) => Some(source.file()),
-                _ => None,
+                Beside::Writer(_, source) => source.as_ref().map(|source| source.file()),
+                Beside::None | Beside::Promise => None,
             },
             Self::Immutable(file) => Some(file.stable().file().as_fd()),
             _ => None,
@@ -114,13 +116,12 @@ impl Backing {
     /// Fills `into` from the [file](Self::file), in a signal handler. `Some(false)` if the read fails; `None` if there
     /// is no file.
     pub(crate) fn fill_in_handler(&self, offset: u64, into: &mut [u8]) -> Option<bool> {
-        match self {
-            Self::Read(read) => match &read.0.beside {
-                Beside::File(source) => Some(source.fill_in_handler(offset, into)),
-                _ => None,
-            },
-            _ => self.file().map(|file| fill_from(file, offset, into)),
+        if let Self::Read(read) = self {
+            if let Beside::File(source) = &read.0.beside {
+                return Some(source.fill_in_handler(offset, into));
+            }
         }
+        self.file().map(|file| fill_from(file, offset, into))
     }
 
     /// A source that vouches for its bytes, or the source that it wraps if that needs no read.
@@ -233,8 +234,8 @@ enum Beside {
     None,
     /// The same source, a file. A wrapper of one has none, because its own code must run.
     File(Arc<FileSource>),
-    /// The same source, if written pages go there.
-    Writer(Arc<dyn WritableSource>),
+    /// The same source, if written pages go there; and once more, if it is a file.
+    Writer(Arc<dyn WritableSource>, Option<Arc<WritableFile>>),
     /// It is a [`StableSource`].
     Promise,
 }
@@ -243,7 +244,7 @@ impl Beside {
     const fn kind(&self) -> Kind {
         match self {
             Self::None | Self::File(_) => Kind::Read,
-            Self::Writer(_) => Kind::Written,
+            Self::Writer(..) => Kind::Written,
             Self::Promise => Kind::Stable,
         }
     }

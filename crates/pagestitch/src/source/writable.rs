@@ -7,6 +7,7 @@ use crate::guard::guarded;
 use pagestitch_kernel::Access;
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -162,6 +163,12 @@ impl WritableFile {
                 Err(Error::new(ErrorKind::UnusableFile, what).at_path(&path))
             }
         }
+    }
+}
+
+impl WritableFile {
+    pub(super) fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -42,8 +42,9 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
     fn tidy(&self);
 
     /// Evicts pages before the journey of a signal handler, if the budget is used up. Takes no lock, and waits
-    /// for a bounded time.
-    fn free_in_handler(&self);
+    /// for a bounded time, or as long as the sources take written pages back. False if there is no room, as
+    /// [`make_room`](Self::make_room).
+    fn free_in_handler(&self) -> bool;
 
     /// As [`tidy`](Self::tidy), after the journey of a signal handler.
     fn tidy_in_handler(&self);

@@ -1,0 +1,66 @@
+//! Evictions by the [thread](super::evictor) of a budget for signal handlers, and the wait of a handler for them.
+
+use crate::reclaim::evictor::Requests;
+use crate::reclaim::share::State;
+use pagestitch_kernel::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+impl State {
+    /// Has pages leave until none is due. Tells the handlers of each attempt, and of one at least.
+    pub(super) fn evict_for_handlers(&self, requests: &Requests) {
+        loop {
+            let has_evicted = self.try_to_evict();
+            requests.tried(has_evicted);
+            if !has_evicted || !self.is_due() && !self.is_full() {
+                return;
+            }
+        }
+    }
+
+    /// False if no page leaves.
+    fn try_to_evict(&self) -> bool {
+        if !self.is_full() {
+            return self.is_due() && self.evict();
+        }
+        let steps = self.writes.steps();
+        let has_freed = self.free_some(self.choose());
+        if !has_freed {
+            // The last pages may be on their way to their sources, by another thread.
+            self.writes.wait_for_next(steps);
+        }
+        has_freed
+    }
+
+    /// Waits in a signal handler until the budget has room. Permits a page above its limit if nothing can leave;
+    /// but false if that is because written pages cannot go back to their sources.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn wait_for_evictor(&self, requests: &Requests, most: usize) -> bool {
+        let begun = requests.in_vain();
+        let mut success = (Instant::now(), self.tally.write_backs.load(Ordering::Relaxed));
+        while self.is_full() {
+            if requests.in_vain().wrapping_sub(begun) > most {
+                let written = self.tally.write_backs.load(Ordering::Relaxed);
+                if self.writes.failing() == 0 {
+                    self.permits.fetch_add(1, Ordering::SeqCst);
+                    return true;
+                }
+                if written != success.1 {
+                    success = (Instant::now(), written);
+                }
+                if success.0.elapsed() > PATIENCE {
+                    return false;
+                }
+                thread::sleep(MOMENT);
+            }
+            requests.ask_and_wait();
+        }
+        true
+    }
+}
+
+/// The time without a write that succeeds after which a fault without room fails.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// A pause of a handler while sources fail.
+const MOMENT: Duration = Duration::from_millis(5);
