@@ -583,8 +583,7 @@ impl<S> Builder<S> {
     /// * **populate** of more than the budget is an error. [`read_at`](crate::Region::read_at) of more
     ///   works. Of a prefetch or a [`replay`](Self::replay) of more, the first pages leave again.
     /// * **Server**: a [`Pool`](crate::Pool), a [`Manual`](crate::Manual) or [`Inline`](crate::Inline), not
-    ///   [`Eager`](crate::Eager). `Inline` takes no [`write_back`](Self::write_back), keeps no hashes, and shares no
-    ///   budget with regions that are written back.
+    ///   [`Eager`](crate::Eager). `Inline` keeps no hashes.
     /// * **After the [scope](crate::scope()) of borrowed memory**, a touch of a page that has left is SIGBUS.
     /// * **Written pages** go back to their sources when they leave, if the region is built
     ///   [`write_back`](Self::write_back) and [`build_shared`](Self::build_shared): [`Budget`] tells how. Other

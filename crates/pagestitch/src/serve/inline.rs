@@ -33,9 +33,9 @@ use std::{fmt, hint, thread};
 ///
 /// * **Sources**: memory at a stable address ([`Memory`](crate::source::Memory), sealed memfds,
 ///   donated pages, holes), files ([`FileSource`](crate::source::FileSource),
-///   [`ImmutableFile`](crate::source::ImmutableFile)) and mapped sources. `build` refuses other sources
-///   ([`ErrorKind::UnsuitableServer`]): their code must not run in a signal handler. A wrapper around
-///   a `FileSource` is such a source.
+///   [`ImmutableFile`](crate::source::ImmutableFile), [`WritableFile`](crate::source::WritableFile)) and mapped
+///   sources. `build` refuses other sources ([`ErrorKind::UnsuitableServer`]): their code must not run in a
+///   signal handler. A wrapper around a `FileSource` is such a source.
 /// * **Files** are read by one `pread(2)` for each page. The signals of the thread wait for the disk. A
 ///   read that fails, or a file that has become too short, raises SIGBUS, also if the chunk has another
 ///   [policy](crate::OnFailure): `populate` applies the policy, and tells the reason.
@@ -43,8 +43,12 @@ use std::{fmt, hint, thread};
 ///   [`populate`](crate::AnyRegion::populate) before.
 /// * **Many threads**: the kernel delivers all signals of a process under one lock. With more than about
 ///   four threads that fault all the time, the throughput does not grow further: a pool serves more.
-/// * **A [`Budget`](crate::Budget)** is for regions that are read: the thread evicts pages in its handler. No slice
-///   of a file that may change, and no region with write-back beside it in the budget.
+/// * **A [`Budget`](crate::Budget)**: the thread evicts pages in its handler. No slice of a file that may change.
+/// * **[Write-back](crate::Builder::write_back)** goes to a [`WritableFile`](crate::source::WritableFile). With a
+///   budget, the first write to a page that was read is a second fault, and a system call that writes to such a
+///   page fails with `EFAULT`: use [`write_at`](crate::SharedRegion::write_at). Pages go back in a thread of the
+///   budget (`pagestitch/wb`). A touch waits for it while there is no room. If sources take no bytes back for
+///   three seconds, the touch raises SIGBUS, and [`flush`](crate::AnyRegion::flush) tells the reason.
 /// * **Readahead**: none. A fault fills one page; `populate` pages that are read in any case.
 /// * **SIGBUS handlers** of the application that are installed before the first inline region: our
 ///   handler calls them for the signals of other memory, with the mask that they were installed

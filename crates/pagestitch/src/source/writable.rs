@@ -189,7 +189,8 @@ impl Source for WritableFile {
 impl WritableSource for WritableFile {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
         // A truncated file must not grow again with a hole in it.
-        if self.file.metadata()?.file_type().is_file() && self.file.metadata()?.len() < offset {
+        let metadata = self.file.metadata()?;
+        if metadata.is_file() && metadata.len() < offset {
             let what = format!("the file ends before byte {offset}: it was truncated while in use");
             return Err(FailureReason::Truncated.error(what));
         }
