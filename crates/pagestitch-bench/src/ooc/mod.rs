@@ -51,6 +51,8 @@ pub(crate) enum Way {
     RegionDirect,
     /// As [`RegionDirect`](Self::RegionDirect), served inline.
     InlineDirect,
+    /// As [`Region`](Self::Region), served inline.
+    Inline,
     /// Reads of single pages into a buffer, around the page cache: the most that the disk gives.
     DirectReads,
     /// A plain `mmap`, with the kernel's readahead.
@@ -124,12 +126,14 @@ impl ReadTask {
         let folder = env::var_os(cgroup::VARIABLE).expect("a cgroup");
         cgroup::join(Path::new(&folder)).expect("a cgroup to join");
         match self.way {
-            Way::Region if self.pattern == Pattern::HalfWriting => self.write_region(),
+            Way::Region if self.pattern == Pattern::HalfWriting => self.write_region(&pool()),
+            Way::Inline if self.pattern == Pattern::HalfWriting => self.write_region(Inline),
             Way::MmapRandom if self.pattern == Pattern::HalfWriting => self.write_mmap(),
             Way::DirectReads => self.read_direct(),
             Way::Region => self.read_region(FileSource::open(&self.file), &pool()),
             Way::RegionDirect => self.read_region(self.direct_file(), &pool()),
             Way::InlineDirect => self.read_region(self.direct_file(), Inline),
+            Way::Inline => self.read_region(FileSource::open(&self.file), Inline),
             Way::Mmap => self.read_mmap(Advice::Normal),
             Way::MmapRandom => self.read_mmap(Advice::Random),
             Way::MmapSequential => self.read_mmap(Advice::Sequential),
@@ -159,14 +163,14 @@ impl ReadTask {
         self.figures(&region, &budget, || self.touch(&words, &trace))
     }
 
-    fn write_region(&self) -> Figures {
+    fn write_region(&self, server: impl Into<Server>) -> Figures {
         let budget = self.budget();
         let file = WritableFile::open(&self.file).expect("the file");
         let region = Region::builder()
             .chunk(Chunk::writable(Arc::new(file)))
             .budget(&budget)
             .write_back(WriteBack::ToSource)
-            .build_shared(&pool())
+            .build_shared(server)
             .expect("a region");
         let trace = self.trace(region.len() / PAGE);
         let words = Words::of(&region);
@@ -323,14 +327,18 @@ mod tests {
         const PAGES: usize = 12 << 10;
         let mut file = File::from(memfd_create("pages", MFdFlags::MFD_CLOEXEC).unwrap());
         write_pages(&mut file, PAGES).unwrap();
-        for way in [Way::MmapRandom, Way::Region] {
-            if way == Way::Region && !has_write_back() {
+        for way in [Way::MmapRandom, Way::Region, Way::Inline] {
+            if way != Way::MmapRandom && !has_write_back() {
                 continue;
             }
             let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
             let (pattern, touches, threads) = (Pattern::HalfWriting, 3000, 3);
             let task = ReadTask { way, file: path, pattern, touches, threads, seed: 1, memory: 40 << 20 };
-            let figures = if way == Way::Region { task.write_region() } else { task.write_mmap() };
+            let figures = match way {
+                Way::Region => task.write_region(&pool()),
+                Way::Inline => task.write_region(Inline),
+                _ => task.write_mmap(),
+            };
             assert!(figures.ns > 0, "{figures:?}");
             let words = Words::mapped(&file, ProtFlags::PROT_READ);
             assert!((0..PAGES).all(|page| words.are_right(page, Pattern::Sequential)));

@@ -149,7 +149,7 @@ fn from_file(options: &Options) -> Vec<Case> {
 const fn regions(pattern: Pattern) -> &'static [(&'static str, Way)] {
     match pattern {
         Pattern::Misses => &[POOL_DIRECT, INLINE_DIRECT],
-        Pattern::HalfWriting => &[POOL],
+        Pattern::HalfWriting => &[POOL, INLINE],
         Pattern::Sequential => &[POOL, POOL_DIRECT],
         _ => &[POOL, POOL_DIRECT, INLINE_DIRECT],
     }
@@ -201,6 +201,7 @@ const FILE_POINTS: [(Pattern, usize); 10] = [
 ];
 const POOL: (&str, Way) = ("pool, budget", Way::Region);
 const POOL_DIRECT: (&str, Way) = ("pool, budget, direct", Way::RegionDirect);
+const INLINE: (&str, Way) = ("inline, budget", Way::Inline);
 const INLINE_DIRECT: (&str, Way) = ("inline, budget, direct", Way::InlineDirect);
 const FIFO: &str = "plain handler, FIFO";
 const UNLIMITED: &str = "pool, no budget";
