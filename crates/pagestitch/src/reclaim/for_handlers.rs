@@ -3,8 +3,8 @@
 use crate::reclaim::evictor::Requests;
 use crate::reclaim::share::State;
 use pagestitch_kernel::sync::atomic::Ordering;
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{mem, thread};
 
 impl State {
     /// Has pages leave until none is due. Tells the handlers of each attempt, and of one at least.
@@ -37,19 +37,19 @@ impl State {
     #[cold]
     #[inline(never)]
     pub(super) fn wait_for_evictor(&self, requests: &Requests, most: usize) -> bool {
-        let begun = requests.in_vain();
-        let mut success = (Instant::now(), self.tally.write_backs.load(Ordering::Relaxed));
+        let (mut begun, mut in_vain) = (Instant::now(), requests.in_vain());
+        let mut written = self.tally.write_backs.load(Ordering::Relaxed);
         while self.is_full() {
-            if requests.in_vain().wrapping_sub(begun) > most {
-                let written = self.tally.write_backs.load(Ordering::Relaxed);
-                if self.writes.failing() == 0 {
+            if requests.in_vain().wrapping_sub(in_vain) > most {
+                // Read first, because a success is counted before its source fails no more.
+                let is_failing = self.writes.failing() > 0;
+                let now = self.tally.write_backs.load(Ordering::Relaxed);
+                if mem::replace(&mut written, now) != now {
+                    (begun, in_vain) = (Instant::now(), requests.in_vain());
+                } else if !is_failing {
                     self.permits.fetch_add(1, Ordering::SeqCst);
                     return true;
-                }
-                if written != success.1 {
-                    success = (Instant::now(), written);
-                }
-                if success.0.elapsed() > PATIENCE {
+                } else if begun.elapsed() > PATIENCE {
                     return false;
                 }
                 thread::sleep(MOMENT);
