@@ -5,11 +5,12 @@ use super::sources::ON_PURPOSE;
 use super::tally::Tally;
 use fastrand::Rng;
 use nix::errno::Errno;
-use pagestitch::Source;
-use pagestitch::source::WritableSource;
+use pagestitch::source::{UnsealedMemfd, WritableFile, WritableSource};
+use pagestitch::{Chunk, Source};
 use parking_lot::Mutex;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -44,6 +45,8 @@ pub(super) enum Fault {
 /// Bytes in memory that take writes, also in parts.
 pub(super) struct Store {
     bytes: Mutex<Vec<u8>>,
+    /// The bytes are in this file instead, which takes all writes.
+    file: Option<Arc<WritableFile>>,
     pub(super) fault: Fault,
     repaired: AtomicBool,
     /// The end of the moment.
@@ -73,6 +76,7 @@ impl Store {
         };
         Arc::new(Self {
             bytes: Mutex::new(bytes),
+            file: None,
             fault,
             repaired: AtomicBool::new(false),
             until: Instant::now() + Duration::from_millis(rng.u64(1..300)),
@@ -82,6 +86,28 @@ impl Store {
             sync_failed: AtomicBool::new(false),
             tally: Arc::clone(tally),
         })
+    }
+
+    /// A store that a signal handler can read.
+    pub(super) fn in_file(
+        rng: &mut Rng,
+        tally: &Arc<Tally>,
+        bytes: &[u8],
+    ) -> Result<Arc<Self>, pagestitch::Error> {
+        let file = UnsealedMemfd::create("store", bytes.len() as u64)?.file().try_clone()?;
+        file.write_all_at(bytes, 0)?;
+        let source = Arc::new(WritableFile::from_file(file, "store")?);
+        let store = Self::random(rng, tally, vec![0], Failures::None);
+        let mut store = Arc::into_inner(store).expect("no other thread has it");
+        (store.file, store.fault) = (Some(source), Fault::None);
+        Ok(Arc::new(store))
+    }
+
+    pub(super) fn chunk(self: &Arc<Self>) -> Chunk {
+        self.file.as_ref().map_or_else(
+            || Chunk::writable(Arc::clone(self)),
+            |file| Chunk::writable(Arc::clone(file)),
+        )
     }
 
     /// Ends all failures.
@@ -112,8 +138,12 @@ impl Store {
 
     /// Compares a range with expected bytes; returns the offset of the first difference.
     pub(super) fn difference(&self, start: usize, expected: &[u8]) -> Option<usize> {
-        let bytes = self.bytes.lock();
-        difference(&bytes[start..start + expected.len()], expected).map(|at| start + at)
+        let mut bytes = vec![0; expected.len()];
+        match &self.file {
+            Some(file) => file.read_at(start as u64, &mut bytes).expect("a file in memory"),
+            None => bytes.copy_from_slice(&self.bytes.lock()[start..start + expected.len()]),
+        }
+        difference(&bytes, expected).map(|at| start + at)
     }
 
     fn fails(&self, number: u64, range: &Range<u64>) -> bool {

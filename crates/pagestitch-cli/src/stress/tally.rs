@@ -69,6 +69,8 @@ tally! {
     bounded,
     /// Regions whose written pages go back to their sources.
     written_back,
+    /// Those of them that are served inline.
+    written_back_inline,
     /// Regions that were not built, because the kernel cannot record writes, or cannot move pages.
     written_back_skipped,
     /// Pages that have left regions with a budget.

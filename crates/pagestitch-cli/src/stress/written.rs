@@ -10,7 +10,7 @@ use super::server::RunningServer;
 use super::store::{Failures, Fault, Store};
 use super::tally::Tally;
 use fastrand::Rng;
-use pagestitch::{Budget, Chunk, ErrorKind, SharedRegion, WriteBack};
+use pagestitch::{Budget, ErrorKind, Inline, SharedRegion, WriteBack};
 use pagestitch_testkit::memory::{Split, word_of};
 use parking_lot::{Mutex, MutexGuard};
 use std::error::Error;
@@ -63,7 +63,7 @@ impl<'a> Written<'a> {
         server: &RunningServer,
         failures: Failures,
     ) -> Result<Option<Self>, pagestitch::Error> {
-        let (mut bytes, mut stores) = (Vec::new(), Vec::new());
+        let (mut bytes, mut stores, is_inline) = (Vec::new(), Vec::new(), rng.u8(..3) == 0);
         let builder = SharedRegion::builder().name("written").write_back(WriteBack::ToSource);
         let align = if rng.u8(..4) == 0 { PAGE } else { 1 };
         let mut builder =
@@ -75,14 +75,18 @@ impl<'a> Written<'a> {
             let (start, len) = (bytes.len(), rng.usize(1..largest));
             let new = random_bytes(rng, len);
             bytes.extend_from_slice(&new);
-            let store = Store::random(rng, run.tally, new, failures);
-            builder = builder.chunk(Chunk::writable(Arc::clone(&store)));
+            let store = match is_inline {
+                true => Store::in_file(rng, run.tally, &new)?,
+                false => Store::random(rng, run.tally, new, failures),
+            };
+            builder = builder.chunk(store.chunk());
             stores.push((store, start..bytes.len()));
         }
-        let region = match builder.build_shared(server.server()) {
+        let region = match builder.build_shared(if is_inline { Inline.into() } else { server.server() }) {
             Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(None),
             built => built?,
         };
+        Tally::count(&run.tally.written_back_inline, u64::from(is_inline));
         let parts = bytes.chunks(PART).map(|part| Mutex::new(part.to_vec())).collect();
         Ok(Some(Self { region, run, budget, stores, parts }))
     }
