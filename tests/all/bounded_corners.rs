@@ -14,6 +14,7 @@ use pagestitch::{Budget, Chunk, ErrorKind, Region, SharedRegion, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
@@ -522,4 +523,75 @@ fn a_read_of_more_than_the_budget_returns_the_error_of_a_page_behind_it() {
         assert_eq!(shared.read_at(0, &mut bytes).unwrap_err().kind(), ErrorKind::SourceFailed);
     });
     end.expect_pass();
+}
+
+/// A page that is being written goes back to its region if its source fails, and meets the claim of a thread that
+/// waits for room, and thus for that write.
+#[test]
+fn a_thread_that_waits_for_room_and_a_page_that_goes_back_do_not_wait_for_each_other() {
+    if moves_no_pages() {
+        return;
+    }
+    let (budget, source) = (Budget::bytes(BUDGET).unwrap(), Arc::new(Refusing::default()));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&source)), 1);
+    let bytes = |pages: Range<usize>| (pages.start * PAGE) as u64..(pages.end * PAGE) as u64;
+    let write = |page: usize| region.write_at(bytes(page..page + 1).start, &[7]);
+    let error = (LAST..PAGES).find_map(|page| write(page).err()).unwrap();
+    assert_eq!(error.kind(), ErrorKind::LimitReached, "{error}");
+    source.waits.store(true, Ordering::SeqCst);
+    scope(|scope| {
+        let evictor = scope.spawn(|| {
+            // The page stays for a while after each failure.
+            while !source.has_begun.load(Ordering::SeqCst) {
+                region.evict(bytes(LAST..LAST + 1)).unwrap();
+            }
+        });
+        until(|| source.has_begun.load(Ordering::SeqCst));
+        spawn_asleep(scope, || region.populate(bytes(0..LAST + 1)));
+        source.waits.store(false, Ordering::SeqCst);
+        evictor.join().unwrap();
+    });
+    source.takes.store(true, Ordering::SeqCst);
+    region.retry_failed(..).unwrap();
+    region.finish().unwrap();
+}
+
+/// The page of which a write waits.
+const LAST: usize = 8;
+
+/// A source whose writes fail until it takes them.
+#[derive(Default)]
+struct Refusing {
+    /// A write of the page [`LAST`] waits before it fails.
+    waits: AtomicBool,
+    has_begun: AtomicBool,
+    takes: AtomicBool,
+}
+
+impl Source for Refusing {
+    fn size(&self) -> u64 {
+        (PAGES * PAGE) as u64
+    }
+
+    fn read_at(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+        into.fill(0);
+        Ok(())
+    }
+}
+
+impl WritableSource for Refusing {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        if self.takes.load(Ordering::SeqCst) {
+            return Ok(bytes.len());
+        }
+        if offset == (LAST * PAGE) as u64 && self.waits.load(Ordering::SeqCst) {
+            self.has_begun.store(true, Ordering::SeqCst);
+            until(|| !self.waits.load(Ordering::SeqCst));
+        }
+        Err(io::Error::from_raw_os_error(libc::EIO))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
 }

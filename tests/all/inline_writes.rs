@@ -113,8 +113,8 @@ fn only_written_pages_of_an_inline_region_are_dirty() {
     store(&region, 40, 2);
     store(&region, 40, 3);
     assert_eq!(budget.metrics().dirty_bytes, 2 * PAGE as u64);
-    // One fault for each page that was read, two for the page that was written later, and one for the other.
-    assert_eq!((region.metrics().faults, region.metrics().faults_spurious), (33, 0));
+    // One fault for each page, and one more for the page that was written after it was read.
+    assert_eq!((region.metrics().faults, region.metrics().faults_spurious), (34, 0));
     region.flush(..).unwrap();
     assert_eq!((word_of(&file, 5), word_of(&file, 40), budget.metrics().write_backs), (1, 3, 2));
     store(&region, 5, 4);

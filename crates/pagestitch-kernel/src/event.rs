@@ -40,7 +40,7 @@ pub enum FaultKind {
 /// The access of a thread that is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Touch {
-    /// A read of an absent page, or an access that is not known.
+    /// A read of an absent page.
     Read,
     /// A write to an absent page; or an access that may be one.
     Write,

@@ -40,9 +40,9 @@ impl State {
             self.empty(standby, run);
         }
         let chosen = victims.len();
-        self.move_out(standby, victims, slot);
+        let moved = self.move_out(standby, victims, slot);
         standby.skip(slot + chosen, most - chosen);
-        chosen > 0
+        moved > 0
     }
 
     /// The standby list, if the next batch of pages passes through it. All written pages do.

@@ -4,6 +4,7 @@
 //! the budget is used up. The thread exists from the first time that a budget has both kinds of regions, one
 //! that is served inline and one with write-back, which may be the same; it ends with the budget.
 
+use crate::guard::AbortOnPanic;
 use crate::signals::NoSignals;
 use pagestitch_kernel::sync::EventCount;
 use pagestitch_kernel::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -102,6 +103,8 @@ impl Requests {
 }
 
 fn serve<B>(budget: &Weak<B>, requests: &Requests, evict: fn(&B, &Requests)) {
+    // Handlers would wait for ever.
+    let _abort = AbortOnPanic::armed();
     loop {
         requests.next();
         if requests.has_ended.load(Ordering::SeqCst) {

@@ -48,7 +48,10 @@ impl Share {
         failed: &mut dyn FnMut(Page, Failure),
     ) {
         let snapshots = dirty.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
+        // A signal handler of this thread may wait for a thread that takes a buffer.
+        let quiet = without_handlers();
         let (mut buffer, pages) = self.state.take_buffer();
+        drop(quiet);
         let is_reserved = self.state.try_reserve(BATCH);
         let mut rest = span;
         while let Some(first) = dirty.first_unwritten(rest) {
@@ -57,7 +60,9 @@ impl Share {
             rest = rest.without_prefix(done);
         }
         self.state.release(if is_reserved { BATCH } else { 0 });
+        let quiet = without_handlers();
         self.state.buffers.lock().unwrap_or_else(PoisonError::into_inner).push((buffer, pages));
+        drop(quiet);
     }
 
     /// Writes the first pages of a span, of which the first is dirty or being written. Returns the number of

@@ -1,7 +1,7 @@
 //! Evictions by the [thread](super::evictor) of a budget for signal handlers, and the wait of a handler for them.
 
 use crate::reclaim::evictor::Requests;
-use crate::reclaim::share::State;
+use crate::reclaim::share::{State, TRIES};
 use pagestitch_kernel::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use std::{mem, thread};
@@ -32,21 +32,28 @@ impl State {
         has_freed
     }
 
-    /// Waits in a signal handler until the budget has room. Permits a page above its limit if nothing can leave;
-    /// but false if that is because written pages cannot go back to their sources.
-    #[cold]
-    #[inline(never)]
-    pub(super) fn wait_for_evictor(&self, requests: &Requests, most: usize) -> bool {
+    /// As [`Residence::wait_for_room_in_handler`](crate::space::Residence::wait_for_room_in_handler).
+    pub(super) fn wait_for_room_in_handler(&self) -> bool {
+        let Some(requests) = self.evictor.requests() else { return true };
+        let began = Instant::now();
+        let has_room = self.wait_for_evictor(requests);
+        self.stalled_since(began);
+        has_room
+    }
+
+    /// Waits until the budget has room. Permits a page above its limit if nothing can leave; but false if that
+    /// is because written pages cannot go back to their sources.
+    fn wait_for_evictor(&self, requests: &Requests) -> bool {
         let (mut begun, mut in_vain) = (Instant::now(), requests.in_vain());
         let mut written = self.tally.write_backs.load(Ordering::Relaxed);
         while self.is_full() {
-            if requests.in_vain().wrapping_sub(in_vain) > most {
+            if requests.in_vain().wrapping_sub(in_vain) > TRIES {
                 // Read first, because a success is counted before its source fails no more.
                 let is_failing = self.writes.failing() > 0;
                 let now = self.tally.write_backs.load(Ordering::Relaxed);
                 if mem::replace(&mut written, now) != now {
                     (begun, in_vain) = (Instant::now(), requests.in_vain());
-                } else if !is_failing {
+                } else if !is_failing || self.lowered() > 0 && self.frames() < self.limit {
                     self.permits.fetch_add(1, Ordering::SeqCst);
                     return true;
                 } else if begun.elapsed() > PATIENCE {

@@ -33,20 +33,12 @@ impl State {
     }
 
     /// As [`Residence::free_in_handler`](crate::space::Residence::free_in_handler).
-    pub(super) fn free_in_handler(&self) -> bool {
-        if !self.is_full() {
-            return true;
+    pub(super) fn free_in_handler(&self) {
+        if self.evictor.requests().is_none() && self.is_full() {
+            let began = Instant::now();
+            self.free_a_page();
+            self.stalled_since(began);
         }
-        let began = Instant::now();
-        let has_room = match self.evictor.requests() {
-            Some(requests) => self.wait_for_evictor(requests, TRIES),
-            None => {
-                self.free_a_page();
-                true
-            }
-        };
-        self.stalled_since(began);
-        has_room
     }
 
     /// As [`Residence::tidy_in_handler`](crate::space::Residence::tidy_in_handler).

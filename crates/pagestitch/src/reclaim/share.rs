@@ -262,8 +262,12 @@ impl Residence for Membership {
         }
     }
 
-    fn free_in_handler(&self) -> bool {
-        self.0.state.free_in_handler()
+    fn free_in_handler(&self) {
+        self.0.state.free_in_handler();
+    }
+
+    fn wait_for_room_in_handler(&self) -> bool {
+        self.0.state.wait_for_room_in_handler()
     }
 
     fn tidy_in_handler(&self) {

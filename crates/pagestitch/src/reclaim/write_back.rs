@@ -126,19 +126,22 @@ impl Share {
         match self.write_pages(region, dirty, span, bytes) {
             Ok(()) => span.iter().for_each(|page| each(page, true)),
             Err(failure) if span.pages == 1 => {
+                // Before the page goes back, because a thread that waits for room must know the reason.
+                self.note_failure(region, dirty, span.first, &failure);
                 each(span.first, false);
                 first = Some((span.first, failure));
             }
             Err(_) => {
                 for (page, bytes) in span.iter().zip(bytes.chunks(region.page_size().bytes())) {
                     let written = self.write_pages(region, dirty, page.span(), bytes);
-                    each(page, written.is_ok());
-                    first = first.or_else(|| written.err().map(|failure| (page, failure)));
+                    let is_written = written.is_ok();
+                    if let Some(failure) = written.err().filter(|_| first.is_none()) {
+                        self.note_failure(region, dirty, page, &failure);
+                        first = Some((page, failure));
+                    }
+                    each(page, is_written);
                 }
             }
-        }
-        if let Some((page, failure)) = &first {
-            self.note_failure(region, dirty, *page, failure);
         }
         first
     }
@@ -204,6 +207,8 @@ impl Share {
                 // A thread may have faulted before the claim.
                 quiet.wake(page.span());
             }
+            // The thread with the claim may wait for room, and thus for this write.
+            self.state.writes.pages_done();
             thread::yield_now();
         }
     }

@@ -297,11 +297,16 @@ unsafe impl FaultHandler for Handler {
         // run.
         let Some(page) = self.region.target.page_at(address) else { return false };
         if touch == Touch::Denied && lets_write(&self.region, page) {
+            self.region.counters.local().faults.add(1);
             return true;
         }
-        let is_served = free_page(&self.region) && serve(self, page, touch);
+        free_page(&self.region);
+        let mut outcome = serve(self, page, touch);
+        if outcome == Outcome::WithoutRoom {
+            outcome = wait_for_room(&self.region, page);
+        }
         tidy(&self.region);
-        is_served
+        outcome != Outcome::Failed
     }
 
     fn may_wait(&self) -> bool {
@@ -320,9 +325,31 @@ fn lets_write(region: &Mapping, page: Page) -> bool {
     let_write(region, page.span()).is_ok()
 }
 
-/// Frees memory for a page if the budget of the region is used up. False if there is no room.
-fn free_page(region: &Mapping) -> bool {
-    region.residence.as_ref().is_none_or(|residence| residence.free_in_handler())
+/// Frees memory for a page if the budget of the region is used up.
+fn free_page(region: &Mapping) {
+    if let Some(residence) = &region.residence {
+        residence.free_in_handler();
+    }
+}
+
+/// Waits for the room that a page lacks, unless the page has come meanwhile.
+#[cold]
+#[inline(never)]
+fn wait_for_room(region: &Mapping, page: Page) -> Outcome {
+    let has_room = region.residence.as_ref().is_none_or(|residence| residence.wait_for_room_in_handler());
+    let is_there = || region.pages.state(page) == PageState::Present;
+    if has_room || is_there() { Outcome::TouchAgain } else { Outcome::Failed }
+}
+
+/// The next step of a thread that has touched a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// The access succeeds, or comes here again.
+    TouchAgain,
+    /// As `TouchAgain`, once the budget has room for the page.
+    WithoutRoom,
+    /// The access raises its signal.
+    Failed,
 }
 
 /// Frees memory for the next pages if the budget of the region is nearly used up.
@@ -332,15 +359,13 @@ fn tidy(region: &Mapping) {
     }
 }
 
-/// True if the thread must touch the page again; false if the access must raise its signal.
-///
 /// Not a part of its caller, which evicts pages before and after it, and needs the stack for that.
 #[inline(never)]
-fn serve(owner: &Handler, page: Page, touch: Touch) -> bool {
+fn serve(owner: &Handler, page: Page, touch: Touch) -> Outcome {
     let region = owner.region.as_ref();
     let before = region.pages.state(page);
     if before == PageState::Poisoned {
-        return false;
+        return Outcome::Failed;
     }
     region.counters.local().faults.add(1);
     let mut handler = InHandler { owner, touch, before, buffer: None };
@@ -350,15 +375,16 @@ fn serve(owner: &Handler, page: Page, touch: Touch) -> bool {
     }
     match journey(region, Wanted::Touched(page, page.span()), &mut handler) {
         // If the memory map is changing, the thread touches the page again.
-        Ok(()) | Err(Unfilled::Changing) => true,
+        Ok(()) | Err(Unfilled::Changing) => Outcome::TouchAgain,
         Err(Unfilled::Unclaimed(Unclaimed::Filling)) => handler.share(page),
         Err(Unfilled::Unclaimed(reason)) => {
             touch_again(region, page, touch, reason);
-            true
+            Outcome::TouchAgain
         }
+        Err(Unfilled::Later) => Outcome::WithoutRoom,
         // The page is absent again: this access raises a signal, and `populate` will tell the
         // reason.
-        Err(Unfilled::Later | Unfilled::Failed(_) | Unfilled::GivenBack) => false,
+        Err(Unfilled::Failed(_) | Unfilled::GivenBack) => Outcome::Failed,
     }
 }
 
@@ -388,17 +414,17 @@ struct InHandler<'r> {
 impl InHandler<'_> {
     /// Handles a page that is being filled. Returns as [`serve`].
     #[cold]
-    fn share(&mut self, page: Page) -> bool {
+    fn share(&mut self, page: Page) -> Outcome {
         if callers::fills_itself(self.owner.region.as_ref(), page) {
             // A handler of the application has interrupted this thread while it fills the page.
             let is_there = fill_beside(&self.owner.region, page, self);
             if is_there && self.touch != Touch::Read {
                 let_write_beside(&self.owner.region, page.span());
             }
-            return is_there;
+            return if is_there { Outcome::TouchAgain } else { Outcome::Failed };
         }
         self.wait_a_moment(page);
-        true
+        Outcome::TouchAgain
     }
 
     /// Waits for the thread that fills a page, but not to the end: the return from the signal takes as long
@@ -469,8 +495,9 @@ impl Filler for InHandler<'_> {
 
     fn failed(&mut self, _: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
         match error {
-            // Without room, the thread touches the page again, and frees memory before it is filled.
-            InstallError::Changing | InstallError::NoRoom => Err(Unfilled::Changing),
+            InstallError::Changing => Err(Unfilled::Changing),
+            // The thread frees memory, or waits for it, and touches the page again.
+            InstallError::NoRoom => Err(Unfilled::Later),
             // The bytes are gone, but the page may have come meanwhile, and be swapped out: the thread
             // touches it again, and it is absent by then.
             InstallError::Gone if self.before == PageState::Present => Err(Unfilled::Changing),
@@ -555,7 +582,8 @@ mod tests {
                 (0..3).for_each(|page| done.send(serve(&serves, Page(page), Touch::Read)).unwrap())
             });
             for page in 0..3 {
-                assert_eq!(is_done.recv_timeout(Duration::from_secs(20)), Ok(true), "page {page}");
+                let outcome = is_done.recv_timeout(Duration::from_secs(20));
+                assert_eq!(outcome, Ok(Outcome::TouchAgain), "page {page}");
             }
             drop(busy);
         });

@@ -23,8 +23,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 ///   that need room write too, several at a time, and never the same bytes.
 /// * **Never** touch any region that the same pool serves, or that has the same budget, in
 ///   [`write_at`](Self::write_at) or [`sync`](Self::sync): the touch may wait for the very thread that writes.
-/// * **No touch** of the region below a lock that [`write_at`](Self::write_at) takes: the touch may have to
-///   wait for a write.
+/// * **No touch** of the region, or of another one of its budget, below a lock that
+///   [`write_at`](Self::write_at) takes: the touch may have to wait for a write.
 /// * **Reads see writes.** After a write, [`read_at`](Source::read_at) returns its bytes, because a
 ///   page that is discarded is read again.
 /// * **Failing.** An error leaves the pages dirty. A panic counts as an error.

@@ -42,9 +42,12 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
     fn tidy(&self);
 
     /// Evicts pages before the journey of a signal handler, if the budget is used up. Takes no lock, and waits
-    /// for a bounded time, or as long as the sources take written pages back. False if there is no room, as
+    /// for a bounded time. Where written pages go back, a thread of the budget evicts instead.
+    fn free_in_handler(&self);
+
+    /// Waits for that thread, after a journey that had no room. False if there is none, as
     /// [`make_room`](Self::make_room).
-    fn free_in_handler(&self) -> bool;
+    fn wait_for_room_in_handler(&self) -> bool;
 
     /// As [`tidy`](Self::tidy), after the journey of a signal handler.
     fn tidy_in_handler(&self);
