@@ -104,10 +104,9 @@ impl Store {
     }
 
     pub(super) fn chunk(self: &Arc<Self>) -> Chunk {
-        self.file.as_ref().map_or_else(
-            || Chunk::writable(Arc::clone(self)),
-            |file| Chunk::writable(Arc::clone(file)),
-        )
+        self.file
+            .as_ref()
+            .map_or_else(|| Chunk::writable(Arc::clone(self)), |file| Chunk::writable(Arc::clone(file)))
     }
 
     /// Ends all failures.
