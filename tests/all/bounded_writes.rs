@@ -144,7 +144,7 @@ pub(crate) fn word(region: &SharedRegion, page: usize) -> &AtomicU64 {
 
 /// Has the kernel swap the region out, where swap is on.
 #[expect(unsafe_code, reason = "advice for the kernel")]
-pub(crate) fn swap_out(region: &SharedRegion) {
+fn swap_out(region: &SharedRegion) {
     // SAFETY: the advice changes no byte. A kernel or sandbox that refuses it swaps nothing out.
     let _ = unsafe { libc::madvise(region.as_ptr().as_ptr().cast(), region.len(), libc::MADV_PAGEOUT) };
 }
@@ -178,6 +178,26 @@ pub(crate) fn write_and_verify(region: &SharedRegion, threads: usize, touches: u
     (0..mine * threads).map(|page| shadows[page % threads][page / threads]).collect()
 }
 
+/// As [`write_and_verify`], beside a thread that flushes and swaps out.
+pub(crate) fn write_beside_flushes(region: &SharedRegion, budget: &Budget, threads: usize) -> Vec<u64> {
+    let is_over = AtomicBool::new(false);
+    scope(|scope| {
+        let flusher = scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                region.flush(..).unwrap();
+                swap_out(region);
+                let before = budget.evictions();
+                until(|| budget.evictions() > before + 100 || is_over.load(Ordering::Relaxed));
+            }
+        });
+        let _is_over = SetOnDrop(&is_over);
+        let shadow = write_and_verify(region, threads, 9_000 / threads);
+        is_over.store(true, Ordering::Relaxed);
+        flusher.join().unwrap();
+        shadow
+    })
+}
+
 #[test]
 fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
     if moves_no_pages() {
@@ -186,21 +206,7 @@ fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
     for (workers, threads) in [(1, 1), (3, 3)] {
         let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(vec![0; PAGES * PAGE]));
         let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), workers);
-        let is_over = AtomicBool::new(false);
-        let shadow = scope(|scope| {
-            let flusher = scope.spawn(|| {
-                while !is_over.load(Ordering::Relaxed) {
-                    region.flush(..).unwrap();
-                    swap_out(&region);
-                    let before = budget.evictions();
-                    until(|| budget.evictions() > before + 100 || is_over.load(Ordering::Relaxed));
-                }
-            });
-            let shadow = write_and_verify(&region, threads, 9_000 / threads);
-            is_over.store(true, Ordering::Relaxed);
-            flusher.join().unwrap();
-            shadow
-        });
+        let shadow = write_beside_flushes(&region, &budget, threads);
         let metrics = budget.metrics();
         assert!(metrics.evictions > 1_000 && metrics.write_backs > 500, "{metrics:?}");
         assert!(metrics.refaults > 500, "{metrics:?}");

@@ -1,7 +1,7 @@
 //! Regions that are served inline, and whose written pages go back to their sources: no write is lost.
 
 use crate::bounded_writes::{
-    BUDGET, Disk, PAGES, bounded, builder, mix, moves_no_pages, swap_out, word, write_and_verify,
+    BUDGET, Disk, PAGES, bounded, builder, mix, moves_no_pages, word, write_and_verify, write_beside_flushes,
 };
 use crate::changes::records_no_writes;
 use crate::machine::rounds;
@@ -69,22 +69,7 @@ fn no_write_is_lost_while_pages_of_an_inline_region_leave_and_flushes_go_on() {
     for threads in [1, 3] {
         let (budget, (file, chunk)) = (Budget::bytes(BUDGET).unwrap(), file(&vec![0; PAGES * PAGE]));
         let region = inline(&budget, chunk);
-        let is_over = AtomicBool::new(false);
-        let shadow = scope(|scope| {
-            let flusher = scope.spawn(|| {
-                while !is_over.load(Ordering::Relaxed) {
-                    region.flush(..).unwrap();
-                    swap_out(&region);
-                    let before = budget.evictions();
-                    until(|| budget.evictions() > before + 100 || is_over.load(Ordering::Relaxed));
-                }
-            });
-            let _is_over = SetOnDrop(&is_over);
-            let shadow = write_and_verify(&region, threads, 9_000 / threads);
-            is_over.store(true, Ordering::Relaxed);
-            flusher.join().unwrap();
-            shadow
-        });
+        let shadow = write_beside_flushes(&region, &budget, threads);
         let metrics = budget.metrics();
         assert!(metrics.evictions > 1_000 && metrics.write_backs > 500, "{metrics:?}");
         assert!(metrics.refaults > 500 && metrics.write_failures == 0, "{metrics:?}");
