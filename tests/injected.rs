@@ -169,6 +169,7 @@ fn harmless_answers_of_the_kernel_cost_no_byte_of_a_lazy_memfd() {
         let region = Region::builder().chunk(lazy).build_shared(&Pool::new().unwrap()).unwrap();
         let injecting = Injecting::new(kind, 2);
         scope(|scope| {
+            scope.spawn(|| region.populate(expected.len() as u64 / 2..).unwrap());
             for _ in 0..3 {
                 scope.spawn(|| {
                     let mut read = vec![0; 3 * PAGE];

@@ -47,6 +47,10 @@ impl Injected {
         Self::ProcessGone,
     ];
 
+    fn bit(self) -> u32 {
+        1 << self as u32
+    }
+
     /// True if the kernel can give this answer to the operation on these pages.
     fn suits(self, operation: Operation, range: AddressRange, own: bool) -> bool {
         match self {
@@ -63,10 +67,12 @@ impl Injected {
 }
 
 /// Injects one of `one_of` answers from now on, in the whole process: one of `kinds`, as `seed`
-/// decides. With 0, none.
+/// decides. With 0, none. The first operation that a kind suits gets it, because a test may have
+/// a single one.
 pub fn inject(one_of: u32, kinds: &[Injected], seed: u64) {
-    let mask = kinds.iter().fold(0, |mask, &kind| mask | 1 << kind as u32);
+    let mask = if one_of == 0 { 0 } else { kinds.iter().fold(0, |mask, &kind| mask | kind.bit()) };
     KINDS.store(mask, Ordering::SeqCst);
+    OWED.store(mask, Ordering::SeqCst);
     RANDOM.store(seed, Ordering::SeqCst);
     ONE_OF.store(one_of, Ordering::SeqCst);
 }
@@ -84,7 +90,8 @@ pub(super) fn around(
     own: bool,
     ask: impl Fn(AddressRange, Waiters) -> Outcome,
 ) -> Outcome {
-    let Some(kind) = fate().filter(|kind| kind.suits(operation, range, own)) else {
+    let suits = |kind: &Injected| kind.suits(operation, range, own);
+    let Some(kind) = owed(suits).or_else(|| fate().filter(suits)) else {
         return ask(range, Waiters::Woken);
     };
     COUNTS[kind as usize].fetch_add(1, Ordering::Relaxed);
@@ -104,6 +111,14 @@ pub(super) fn around(
     }
 }
 
+/// A kind that suits and has not been answered since the injection began.
+fn owed(suits: impl Fn(&Injected) -> bool) -> Option<Injected> {
+    let owed = OWED.load(Ordering::Relaxed);
+    let kind = Injected::ALL.into_iter().filter(|kind| owed & kind.bit() != 0).find(suits)?;
+    let before = OWED.fetch_and(!kind.bit(), Ordering::Relaxed);
+    (before & kind.bit() != 0).then_some(kind)
+}
+
 fn fate() -> Option<Injected> {
     let one_of = ONE_OF.load(Ordering::Relaxed);
     if one_of == 0 {
@@ -111,7 +126,7 @@ fn fate() -> Option<Injected> {
     }
     let random = random();
     let mask = KINDS.load(Ordering::Relaxed);
-    let mut wanted = Injected::ALL.into_iter().filter(|kind| mask & 1 << *kind as u32 != 0);
+    let mut wanted = Injected::ALL.into_iter().filter(|kind| mask & kind.bit() != 0);
     let kind = wanted.nth((random >> 32) as usize % (mask.count_ones().max(1) as usize));
     kind.filter(|_| (random as u32) % one_of == 0)
 }
@@ -135,5 +150,6 @@ fn first(range: AddressRange, pages: usize) -> AddressRange {
 
 static ONE_OF: AtomicU32 = AtomicU32::new(0);
 static KINDS: AtomicU32 = AtomicU32::new(0);
+static OWED: AtomicU32 = AtomicU32::new(0);
 static RANDOM: AtomicU64 = AtomicU64::new(0);
 static COUNTS: [AtomicU64; 7] = [const { AtomicU64::new(0) }; 7];
