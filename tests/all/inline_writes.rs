@@ -16,8 +16,8 @@ use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// A file in memory that takes written pages.
 fn file(bytes: &[u8]) -> (File, Chunk) {
@@ -59,6 +59,56 @@ pub(crate) fn write_more_than_a_budget() {
         assert_eq!((word_of(&file, page), load(&region, page)), (*expected, *expected), "page {page}");
     });
     assert!(budget.metrics().write_backs > 500 && budget.metrics().soft_faults > 0, "{:?}", budget.metrics());
+}
+
+/// Writes to pages until a file has not taken one of them back. No write needs room.
+pub(crate) fn write_to_a_file_that_takes_no_page() {
+    if moves_no_pages() {
+        return;
+    }
+    let (budget, (file, chunk)) = (Budget::bytes(BUDGET).unwrap(), file(&vec![0; PAGES * PAGE]));
+    let region = inline(&budget, chunk);
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
+    let pages = (0..PAGES).take_while(|_| budget.metrics().write_failures == 0);
+    let written = pages.inspect(|&page| store(&region, page, page as u64 + 1)).count();
+    assert!(written < PAGES && budget.metrics().resident_bytes <= BUDGET, "{:?}", budget.metrics());
+    (0..written)
+        .for_each(|page| assert_eq!((load(&region, page), word_of(&file, page)), (page as u64 + 1, 0)));
+}
+
+/// A handler cannot tell of it. The thread of the budget does, which writes the page once more.
+#[test]
+fn a_file_that_takes_no_page_of_an_inline_region_is_reported() {
+    if moves_no_pages() {
+        return;
+    }
+    const LAST: usize = PAGES - 1;
+    let seals: fn(&File) = |file| _ = fcntl(file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
+    let truncates: fn(&File) = |file| file.set_len((LAST * PAGE) as u64).unwrap();
+    for (refuses, length, reason) in
+        [(seals, PAGES, FailureReason::Source), (truncates, LAST, FailureReason::Truncated)]
+    {
+        let (budget, (file, chunk)) = (Budget::bytes(BUDGET).unwrap(), file(&vec![0; PAGES * PAGE]));
+        let told = Arc::new(Mutex::new(None));
+        let tell = Arc::clone(&told);
+        let builder = builder(&budget, chunk).on_page_failure(move |offset, failure| {
+            tell.lock().unwrap().get_or_insert((offset, failure.reason()));
+        });
+        let region = builder.build_shared(Inline).unwrap();
+        store(&region, LAST, 7);
+        refuses(&file);
+        until(|| {
+            (0..LAST).for_each(|page| assert_eq!(load(&region, page), 0));
+            told.lock().unwrap().is_some()
+        });
+        assert_eq!(*told.lock().unwrap(), Some(((LAST * PAGE) as u64, reason)));
+        assert_eq!((load(&region, LAST), file.metadata().unwrap().len()), (7, (length * PAGE) as u64));
+        if length < PAGES {
+            file.set_len((PAGES * PAGE) as u64).unwrap();
+            region.flush(..).unwrap();
+            assert_eq!(word_of(&file, LAST), 7);
+        }
+    }
 }
 
 #[test]

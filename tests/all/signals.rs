@@ -397,6 +397,7 @@ fn a_fault_is_served_on_a_small_alternate_stack() {
                     assert_ne!(touch(region.as_ptr().addr().get() + 5 * PAGE), 0);
                     touch_more_than_a_budget();
                     crate::inline_writes::write_more_than_a_budget();
+                    crate::inline_writes::write_to_a_file_that_takes_no_page();
                 });
                 println!(
                     "AT_MINSIGSTKSZ {frame}, an empty handler {nothing}, a fault {used} bytes of the stack"

@@ -18,6 +18,7 @@
 use crate::access::Access;
 use crate::errno::Errno;
 use crate::features::Features;
+use crate::file_write::write_from;
 use crate::page::{AddressRange, Page, PageSize, Span};
 use crate::reservation::Reservation;
 use crate::swap;
@@ -26,7 +27,7 @@ use nix::libc::{self, c_void};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 /// A reservation whose filled pages may be taken away.
@@ -187,6 +188,19 @@ impl Arena {
     /// If there are no such slots.
     pub fn read(&self, first: usize, into: &mut [u8]) -> Result<(), Errno> {
         self.reservation.read_at(self.reservation.page_size().offset_of(Page(first)), into)
+    }
+
+    /// Writes bytes of slots to a file, from `offset` on. False if the file does not take all of them, or if a slot is
+    /// empty. A signal handler may do so.
+    ///
+    /// # Panics
+    ///
+    /// If there are no such slots.
+    #[must_use]
+    pub fn write_to(&self, file: BorrowedFd<'_>, offset: u64, bytes: Range<usize>) -> bool {
+        let all = self.reservation.range();
+        assert!(bytes.end <= all.bytes(), "the bytes are those of slots");
+        write_from(file, offset, all.start() + bytes.start..all.start() + bytes.end)
     }
 
     /// Empties a run of slots, and frees their memory.

@@ -16,7 +16,7 @@
 //! | | [`fd_passing`] | descriptors through a UNIX socket |
 //! | | [`fd_queue`] | descriptors in a socket, which outlive the process that has sent them |
 //! | | [`cache`] | a hint to the processor that values are needed soon |
-//! | | [`file_read`] | reads of files that a signal handler may make |
+//! | | [`file_read`], [`file_write`] | reads and writes of files that a signal handler may make |
 //! | | [`direct_read`] | reads of files around the page cache |
 //! | | [`priority`] | the nice value of a thread |
 //! | | [`replace`] | a file that is written as a whole, or stays as it was |
@@ -96,6 +96,7 @@ pub mod fd_queue;
 pub mod features;
 pub mod file_read;
 pub mod file_readahead;
+pub mod file_write;
 pub mod fork;
 pub mod gate;
 mod granule;

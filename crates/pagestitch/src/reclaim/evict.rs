@@ -6,7 +6,7 @@ use crate::reclaim::places::Place;
 use crate::reclaim::share::{Quiet, Share, State};
 use crate::reclaim::slots::Emptying;
 use crate::reclaim::state::{BATCH, Chooser, Standby, count, key_of, member_of, page_of};
-use crate::reclaim::write_back::{Batch, has_padding};
+use crate::reclaim::write_back::{Batch, Writer};
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, PageState};
 use pagestitch_kernel::arena::Runs;
@@ -209,18 +209,7 @@ impl Share {
             let rest = &pages[done..pages.len().min(done + standby.slots.len() - slot)];
             let run = leading_run(rest);
             let (now, moved) = match region.pages.claim_present(run, &quiet) {
-                Ok(mut claim) => {
-                    let (alike, stay) = self.leading_alike(region, claim.span());
-                    let mut part = claim.split_off(alike);
-                    claim.settle(claim.span().pages, PageState::Present);
-                    match stay {
-                        true => (self.keep(&mut part, standby, slot), 0),
-                        false => {
-                            let moved = self.move_run(&mut part, standby, slot, Some(&mut batch));
-                            (moved.max(1), moved)
-                        }
-                    }
-                }
+                Ok(claim) => self.move_leading(region, claim, standby, slot, &mut Writer::Batch(&mut batch)),
                 Err(state) => {
                     standby.slots.skip(slot);
                     self.forget_absent(region, run.first, state);
@@ -236,15 +225,41 @@ impl Share {
         all_moved
     }
 
+    /// Moves the leading pages of a claim, or keeps them; the others stay. Returns the number of pages that are
+    /// done, and that of those that have moved.
+    #[inline(always)] // a signal handler has a small stack
+    pub(super) fn move_leading(
+        &self,
+        region: &Mapping,
+        mut claim: Claim<'_>,
+        standby: &Standby,
+        slot: usize,
+        writer: &mut Writer<'_, '_>,
+    ) -> (usize, usize) {
+        let (alike, stay) = self.leading_alike(region, claim.span(), writer);
+        let mut part = claim.split_off(alike);
+        claim.settle(claim.span().pages, PageState::Present);
+        if stay {
+            return (self.keep(&mut part, standby, slot), 0);
+        }
+        let moved = self.move_run(&mut part, standby, slot, writer);
+        (moved.max(1), moved)
+    }
+
     /// The number of leading pages of a claimed span that all stay, or all leave.
-    fn leading_alike(&self, region: &Mapping, span: Span) -> (usize, bool) {
+    fn leading_alike(&self, region: &Mapping, span: Span, writer: &Writer<'_, '_>) -> (usize, bool) {
         let Some(dirty) = &self.dirty else { return (span.pages, false) };
         let pauses = dirty.backoff.pauses();
-        let stays = |page: Page| {
-            dirty.writing.get(page.0) || dirty.is_dirty(page) && (pauses || has_padding(region, page))
+        let stays = |step: usize| {
+            let page = Page(span.first.0 + step);
+            dirty.writing.get(page.0) || dirty.is_dirty(page) && (pauses || writer.refuses(region, page))
         };
-        let first = stays(span.first);
-        (span.iter().take_while(|page| stays(*page) == first).count(), first)
+        let (first, mut alike) = (stays(0), 1);
+        // Not an iterator, because a signal handler has a small stack.
+        while alike < span.pages && stays(alike) == first {
+            alike += 1;
+        }
+        (alike, first)
     }
 
     /// The pages of a claim stay: their bytes are being written, or cannot be written.
@@ -258,13 +273,13 @@ impl Share {
     }
 
     /// Moves the first pages of a claim; the others stay. Returns the number of pages that have moved. If it
-    /// is 0, the first page is done. `batch` gets the dirty ones, if the region has any.
-    pub(super) fn move_run(
+    /// is 0, the first page is done. `writer` gets the dirty ones, if the region has any.
+    fn move_run(
         &self,
         claim: &mut Claim<'_>,
         standby: &Standby,
         slot: usize,
-        batch: Option<&mut Batch<'_>>,
+        writer: &mut Writer<'_, '_>,
     ) -> usize {
         let Standby { arena, slots } = standby;
         let span = self.pins.free_prefix(claim.span());
@@ -279,7 +294,10 @@ impl Share {
             Outcome::Partial { bytes } => bytes / self.evictable.reservation().page_size().bytes(),
             _ => 0,
         };
-        self.note_moved(standby, span.prefix(moved), slot, batch);
+        self.note_moved(standby, span.prefix(moved), slot, writer);
+        if let Writer::Handler(writes) = writer {
+            self.write_moved(standby, span.prefix(moved), slot, writes);
+        }
         self.pages_left(moved);
         count(&self.state.tally.evictions, moved);
         claim.settle(moved, PageState::Absent);
@@ -293,17 +311,18 @@ impl Share {
 
     /// Pages have moved to slots, from `slot` on. The move has ended all writes, so that each written page has
     /// its mark by now.
-    fn note_moved(&self, standby: &Standby, span: Span, slot: usize, mut batch: Option<&mut Batch<'_>>) {
+    fn note_moved(&self, standby: &Standby, span: Span, slot: usize, writer: &mut Writer<'_, '_>) {
         let slots = &standby.slots;
         for (step, page) in span.iter().enumerate() {
             let key = key_of(self.member, page);
-            let batch = batch.as_mut().filter(|_| self.begins_writing(page));
-            match batch {
-                Some(batch) => {
+            match self.begins_writing(page) {
+                true => {
                     slots.fill_dirty(slot + step, key);
-                    batch.add(standby, page, slot + step);
+                    if let Writer::Batch(batch) = writer {
+                        batch.add(standby, page, slot + step);
+                    }
                 }
-                None => slots.fill(slot + step, key),
+                false => slots.fill(slot + step, key),
             }
             self.places.set(page, Place::Slot((slot + step) as u32));
         }

@@ -1,13 +1,14 @@
 //! The thread that evicts pages for signal handlers, in a budget whose written pages go back to their sources.
 //!
-//! A handler runs no code of a source, and writes no page back. So it asks this thread, and waits only while
-//! the budget is used up. The thread exists from the first time that a budget has both kinds of regions, one
+//! A handler writes pages to files, and runs no code of a source. So it asks this thread where it finds no page that
+//! it can have leave, and waits only while the budget is used up. The thread exists from the first time that a budget has both kinds of regions, one
 //! that is served inline and one with write-back, which may be the same; it ends with the budget.
 
 use crate::guard::AbortOnPanic;
+use crate::policy::PageKey;
 use crate::signals::NoSignals;
 use pagestitch_kernel::sync::EventCount;
-use pagestitch_kernel::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use pagestitch_kernel::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::{io, thread};
 
@@ -17,6 +18,8 @@ pub(super) struct Requests {
     /// True if a handler has asked since the thread looked last, or the budget has ended.
     is_asked: AtomicBool,
     has_ended: AtomicBool,
+    /// A page that a handler could not write, plus 1; 0 for none.
+    refused: AtomicU64,
     asked: EventCount,
     /// The number of attempts to free memory.
     attempts: AtomicUsize,
@@ -75,6 +78,17 @@ impl Requests {
             self.is_asked.store(true, Ordering::SeqCst);
             self.asked.notify_all();
         }
+    }
+
+    /// Has the thread write a page whose file has not taken it. Async-signal-safe.
+    pub(super) fn write(&self, page: PageKey) {
+        self.refused.store(page + 1, Ordering::SeqCst);
+        self.ask();
+    }
+
+    /// The last page that a handler could not write, once.
+    pub(super) fn take_refused(&self) -> Option<PageKey> {
+        self.refused.swap(0, Ordering::SeqCst).checked_sub(1)
     }
 
     fn next(&self) {

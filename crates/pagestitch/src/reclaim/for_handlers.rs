@@ -9,6 +9,8 @@ use std::{mem, thread};
 impl State {
     /// Has pages leave until none is due. Tells the handlers of each attempt, and of one at least.
     pub(super) fn evict_for_handlers(&self, requests: &Requests) {
+        // First, because the failure is told, and handlers leave pages to this thread from then on.
+        requests.take_refused().iter().for_each(|page| _ = self.evict_these(&[*page]));
         loop {
             let has_evicted = self.try_to_evict();
             requests.tried(has_evicted);

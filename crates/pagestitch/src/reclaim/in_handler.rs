@@ -9,9 +9,9 @@
 //!   ends. A wait for another thread's right to choose ends after some tries; the page is an overrun then.
 //! * **No allocation.** Queues, ghosts, slots and places have their memory since the budget or the region
 //!   was made. A region is entered by its gate, so that its last reference is never dropped here.
-//! * **No code of a source, and no write to one.** Where written pages go back, a thread of the
-//!   [budget](super::evictor) evicts instead. No page that comes back is hashed here, because hashes take more
-//!   stack: the builder refuses such regions.
+//! * **No code of a source.** Written pages go to [files](super::write_in_handler) alone. Other pages, and those of
+//!   a source that has failed, stay for a thread of the [budget](super::evictor). No page that comes back is hashed
+//!   here, because hashes take more stack: the builder refuses such regions.
 //! * **No other signal.** The handler runs with signals blocked, so it does not block them.
 
 use crate::policy::PageKey;
@@ -19,6 +19,8 @@ use crate::reclaim::evict::{block_at, leading_run};
 use crate::reclaim::share::{Quiet, Share, State, TRIES};
 use crate::reclaim::slots::Emptying;
 use crate::reclaim::state::{BATCH, Chooser, Standby, member_of, page_of};
+use crate::reclaim::write_back::Writer;
+use crate::reclaim::write_in_handler::{Few, HandlerWrites};
 use crate::space::Mapping;
 use pagestitch_kernel::Span;
 use pagestitch_kernel::sync::atomic::Ordering;
@@ -34,7 +36,7 @@ impl State {
 
     /// As [`Residence::free_in_handler`](crate::space::Residence::free_in_handler).
     pub(super) fn free_in_handler(&self) {
-        if self.evictor.requests().is_none() && self.is_full() {
+        if self.is_full() && self.handlers_write() {
             let began = Instant::now();
             self.free_a_page();
             self.stalled_since(began);
@@ -50,10 +52,15 @@ impl State {
         if !self.is_due() {
             return;
         }
+        if self.handlers_write() {
+            if let Some(chooser) = self.try_choose() {
+                if self.take_away_few(chooser, Need::Later) {
+                    return;
+                }
+            }
+        }
         if let Some(requests) = self.evictor.requests() {
             requests.ask();
-        } else if let Some(chooser) = self.try_choose() {
-            self.take_away_few(chooser, Need::Later);
         }
     }
 
@@ -61,14 +68,18 @@ impl State {
         self.frames() >= self.limit - self.lowered()
     }
 
-    /// Frees memory, or permits a page above the limit if nothing can leave.
+    /// Frees memory, or permits a page above the limit if nothing can leave: a thread of the budget has to find
+    /// that, if there is one.
     #[cold]
     #[inline(never)]
     fn free_a_page(&self) {
         let (mut in_vain, mut waits) = (0, 0);
         while self.is_full() {
-            if in_vain == TRIES || waits == WAITS {
-                self.permits.fetch_add(1, Ordering::SeqCst);
+            let has_thread = self.evictor.requests().is_some();
+            if in_vain == if has_thread { 1 } else { TRIES }
+                || waits == if has_thread { YIELDS } else { WAITS }
+            {
+                self.permits.fetch_add(usize::from(!has_thread), Ordering::SeqCst);
                 return;
             }
             match self.try_choose().map(|chooser| self.take_away_few(chooser, Need::Now)) {
@@ -90,9 +101,13 @@ impl State {
     #[inline(never)]
     fn take_away_few(&self, chooser: MutexGuard<'_, Chooser>, need: Need) -> bool {
         let mut keys = [0; FEW];
-        let chosen = self.choose_few(chooser, need, &mut keys);
+        let mut chosen = self.choose_few(chooser, need, &mut keys);
         let is_empty = self.empty_chosen(&chosen);
-        is_empty | self.take_away_chosen(&keys, &chosen)
+        let has_left = self.take_away_chosen(&keys, &mut chosen);
+        if let Some(slot) = chosen.slot.filter(|_| chosen.refused != 0) {
+            self.put_refused_back(&keys, slot, chosen.refused);
+        }
+        is_empty | has_left
     }
 
     /// Frees the memory of chosen slots. False if there are none.
@@ -104,25 +119,28 @@ impl State {
     }
 
     /// Has chosen pages leave. False if all of them stay.
-    fn take_away_chosen(&self, keys: &[PageKey; FEW], chosen: &Chosen) -> bool {
+    #[inline(always)] // a signal handler has a small stack
+    fn take_away_chosen(&self, keys: &[PageKey; FEW], chosen: &mut Chosen) -> bool {
         if chosen.is_block {
             self.drop_run(keys[0], block_at(keys[0]));
         }
         let victims = &keys[..chosen.victims];
         let left = match chosen.slot {
-            Some(slot) => self.move_few(victims, slot),
+            Some(slot) => self.move_few(victims, slot, &mut chosen.refused),
             None => self.drop_few(victims),
         };
         chosen.is_block || left > 0
     }
 
     /// Moves pages to slots, from `slot` on. Returns the number of those that have moved.
-    fn move_few(&self, victims: &[PageKey], slot: usize) -> usize {
+    fn move_few(&self, victims: &[PageKey], slot: usize, refused: &mut Few) -> usize {
         let (mut done, mut left) = (0, 0);
         while done < victims.len() {
-            let (now, gone) = self.move_run(victims[done], leading_run(&victims[done..]), slot + done);
-            done += now;
-            left += gone;
+            let run = leading_run(&victims[done..]);
+            let now = self.move_run(victims[done], run, slot + done);
+            *refused |= now.refused << done;
+            done += now.done;
+            left += now.left;
         }
         left
     }
@@ -146,7 +164,7 @@ impl State {
         keys: &mut [PageKey; FEW],
     ) -> Chosen {
         chooser.take_note(&self.arrivals);
-        let mut chosen = Chosen { emptied: None, is_block: false, slot: None, victims: 0 };
+        let mut chosen = Chosen { emptied: None, is_block: false, slot: None, victims: 0, refused: 0 };
         let mut block = chooser.blocks.victim();
         if block.is_none() {
             let standby = match need {
@@ -158,9 +176,11 @@ impl State {
                 let emptied = standby.begin_empty(&mut chooser, free);
                 chosen.emptied = emptied.filter(|run| !run.slots().is_empty());
             }
-            match (need, standby) {
+            // Written pages leave by a move only.
+            let moves = need == Need::Later || self.writes.regions.load(Ordering::Relaxed) > 0;
+            match (need, standby.filter(|_| moves)) {
                 (Need::Now, _) if chosen.emptied.is_some() => return chosen,
-                (Need::Later, Some(standby)) => {
+                (_, Some(standby)) => {
                     let (slot, taken) = standby.slots.take_in_a_row(&mut chooser.ends, FEW);
                     chosen.victims = chooser.victims_to_move(&mut keys[..taken]).len();
                     standby.skip(slot + chosen.victims, taken - chosen.victims);
@@ -178,21 +198,20 @@ impl State {
         chosen
     }
 
-    /// Moves the first pages of a run to slots. Returns the number of pages that are done, and that of those
-    /// that have moved.
-    #[inline(never)]
-    fn move_run(&self, first: PageKey, run: Span, slot: usize) -> (usize, usize) {
-        let Some(standby) = &self.standby else { return (run.pages, 0) };
+    /// Moves the first pages of a run to slots.
+    #[inline(always)] // a signal handler has a small stack
+    fn move_run(&self, first: PageKey, run: Span, slot: usize) -> Moved {
+        let none = Moved { done: run.pages, left: 0, refused: 0 };
+        let Some(standby) = &self.standby else { return none };
         let mut moved = None;
         let mut work =
             |share: &Share, region: &Mapping| moved = Some(share.move_first(region, standby, run, slot));
         self.enter_region(last_of(first, run), &mut work);
-        let Some(moved) = moved else {
+        moved.unwrap_or_else(|| {
             // The region ends, and its pages with it.
             standby.skip(slot, run.pages);
-            return (run.pages, 0);
-        };
-        (moved.max(1), moved)
+            none
+        })
     }
 
     #[inline(never)]
@@ -203,7 +222,7 @@ impl State {
     }
 
     /// Calls `work` with the region of a run of pages, of which the last one is given, unless the region ends.
-    fn enter_region(&self, last: PageKey, work: &mut dyn FnMut(&Share, &Mapping)) {
+    pub(super) fn enter_region(&self, last: PageKey, work: &mut dyn FnMut(&Share, &Mapping)) {
         let members = self.members.read();
         if let Some(Some(share)) = members.value().and_then(|members| members.get(member_of(last))) {
             if share.has(page_of(last)) {
@@ -224,22 +243,19 @@ impl State {
 }
 
 impl Share {
-    /// Moves the first pages of a run to slots. Returns the number of pages that have moved. If it is 0, the
-    /// first page is done.
-    fn move_first(&self, region: &Mapping, standby: &Standby, run: Span, slot: usize) -> usize {
-        if self.dirty.is_some() {
-            // The region has joined since the handler looked for the thread that writes pages back.
-            self.page_stays(run.first);
-            standby.slots.skip(slot);
-            return 0;
-        }
-        let quiet = Quiet(region);
+    /// Moves the first pages of a run to slots, and writes the dirty ones.
+    fn move_first(&self, region: &Mapping, standby: &Standby, run: Span, slot: usize) -> Moved {
+        let (quiet, mut writes) = (Quiet(region), HandlerWrites::new(region));
         match region.pages.claim_present(run, &quiet) {
-            Ok(mut claim) => self.move_run(&mut claim, standby, slot, None),
+            Ok(claim) => {
+                let mut writer = Writer::Handler(&mut writes);
+                let (done, left) = self.move_leading(region, claim, standby, slot, &mut writer);
+                Moved { done, left, refused: writes.refused }
+            }
             Err(state) => {
                 standby.slots.skip(slot);
                 self.forget_absent(region, run.first, state);
-                0
+                Moved { done: 1, left: 0, refused: 0 }
             }
         }
     }
@@ -263,6 +279,16 @@ struct Chosen {
     /// The first slot for the pages. `None`: they are dropped.
     slot: Option<usize>,
     victims: usize,
+    /// The victims that are in their slots, and whose bytes no file has taken.
+    refused: Few,
+}
+
+/// The first pages of a run, which were to move.
+struct Moved {
+    done: usize,
+    /// Those that have left their region.
+    left: usize,
+    refused: Few,
 }
 
 const fn last_of(first: PageKey, run: Span) -> PageKey {

@@ -17,6 +17,7 @@
 //! | `soft_fault` | brings a page back from the standby list or the modified list |
 //! | `dirty` | the written pages of a region, and the states of a page |
 //! | `write_back` | dirty pages that have left go to their sources |
+//! | `write_in_handler` | dirty pages go to their files in a signal handler |
 //! | `flush` | dirty pages go to their sources, and stay |
 //! | `places` | where the page of a region is: resident, in a slot, or elsewhere |
 //! | `slots` | the standby list and the modified list: a ring of slots, first in, first out |
@@ -71,6 +72,7 @@ mod slots;
 mod soft_fault;
 mod state;
 mod write_back;
+mod write_in_handler;
 
 pub use budget::Budget;
 pub use metrics::BudgetMetrics;

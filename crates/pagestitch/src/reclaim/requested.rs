@@ -74,7 +74,7 @@ impl Share {
 
 impl State {
     /// Has pages leave, which are in the order of their regions and addresses. Returns their number.
-    fn evict_these(&self, pages: &[PageKey]) -> usize {
+    pub(super) fn evict_these(&self, pages: &[PageKey]) -> usize {
         let Some(standby) = &self.standby else { return self.drop_pages(pages) };
         let (mut rest, mut left) = (pages, 0);
         for _ in 0..TRIES {

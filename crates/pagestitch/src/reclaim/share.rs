@@ -59,7 +59,7 @@ pub(crate) struct Membership(Arc<Share>);
 pub(crate) struct Evicted {
     /// Signal handlers fill its pages, and take pages of any region of the budget away.
     pub(crate) in_handlers: bool,
-    /// Written pages go back to their sources, which no signal handler does.
+    /// Written pages go back to their sources, which run code that no signal handler may run.
     pub(crate) written_back: bool,
 }
 
@@ -150,6 +150,7 @@ impl Share {
     }
 
     /// Calls `work` with the region, inside of its gate. False if the region ends.
+    #[inline(always)] // a signal handler has a small stack
     pub(super) fn enter(&self, work: &mut dyn FnMut(&Mapping)) -> bool {
         match self.region.get() {
             Some(region) => region.enter_region(work),

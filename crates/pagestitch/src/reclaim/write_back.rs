@@ -6,12 +6,31 @@ use crate::reclaim::places::Place;
 use crate::reclaim::share::{Quiet, Share, State};
 use crate::reclaim::soft_fault::Return;
 use crate::reclaim::state::{BATCH, BatchBuffer, Standby, count, key_of};
+use crate::reclaim::write_in_handler::{HandlerWrites, is_in_files};
 use crate::source::{ask_writer, write_all};
 use crate::space::Mapping;
 use crate::space::page_table::{PageState, Wake};
 use pagestitch_kernel::{Page, PageSize, Span};
 use std::sync::PoisonError;
 use std::{mem, thread};
+
+/// The way in which dirty pages that have moved to slots are written.
+pub(super) enum Writer<'w, 's> {
+    /// Together, once they are not claimed any more.
+    Batch(&'w mut Batch<'s>),
+    /// At once, in a signal handler.
+    Handler(&'w mut HandlerWrites<'s>),
+}
+
+impl Writer<'_, '_> {
+    /// True if the bytes of a dirty page cannot be written.
+    pub(super) fn refuses(&self, region: &Mapping, page: Page) -> bool {
+        match self {
+            Self::Batch(_) => has_padding(region, page),
+            Self::Handler(_) => !is_in_files(region, page),
+        }
+    }
+}
 
 /// Dirty pages that have moved to slots together, with a copy of their bytes.
 pub(super) struct Batch<'s> {
@@ -192,7 +211,14 @@ impl Share {
 
     /// A page could not be written: it goes back to its region, and is dirty.
     #[cold]
-    fn put_back(&self, region: &Mapping, dirty: &DirtyPages, standby: &Standby, page: Page, slot: usize) {
+    pub(super) fn put_back(
+        &self,
+        region: &Mapping,
+        dirty: &DirtyPages,
+        standby: &Standby,
+        page: Page,
+        slot: usize,
+    ) {
         let quiet = Quiet(region);
         let range = region.target.addresses(page.span());
         let key = key_of(self.member, page);

@@ -113,6 +113,17 @@ impl Backing {
         }
     }
 
+    /// The file that takes written pages, without any code of a source.
+    pub(crate) fn file_to_write(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Read(read) => match &read.0.beside {
+                Beside::Writer(_, file) => file.as_ref().map(|file| file.file()),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     /// Fills `into` from the [file](Self::file), in a signal handler. `Some(false)` if the read fails; `None` if there
     /// is no file.
     pub(crate) fn fill_in_handler(&self, offset: u64, into: &mut [u8]) -> Option<bool> {

@@ -190,10 +190,12 @@ impl WritableSource for WritableFile {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
         // A truncated file must not grow again with a hole in it.
         let metadata = self.file.metadata()?;
-        if metadata.is_file() && metadata.len() < offset {
-            let what = format!("the file ends before byte {offset}: it was truncated while in use");
+        let room = if metadata.is_file() { metadata.len().saturating_sub(offset) } else { u64::MAX };
+        if room == 0 {
+            let what = format!("the file ends at byte {}: it was truncated while in use", metadata.len());
             return Err(FailureReason::Truncated.error(what));
         }
+        let bytes = &bytes[..bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
         self.file.write_at(bytes, offset)
     }
 

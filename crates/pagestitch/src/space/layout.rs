@@ -125,7 +125,7 @@ impl Layout {
     /// The chunk number of a chunk. Users know a chunk by this number, which does not count
     /// padding.
     pub(crate) fn number_of(&self, chunk: usize) -> usize {
-        chunk - self.padding.partition_point(|&padding| (padding as usize) < chunk)
+        chunk - leading(0, self.padding.len(), |at| (self.padding[at] as usize) < chunk)
     }
 
     /// The chunk number of a chunk, or `None` for padding.
@@ -141,16 +141,9 @@ impl Layout {
     /// The chunk with a chunk number.
     pub(crate) fn chunk_of(&self, number: usize) -> Option<usize> {
         // Adds the number of paddings before the chunk: those after at most `number` chunks.
-        let (mut low, mut high) = (0, self.padding.len());
-        while low < high {
-            let middle = low.midpoint(high);
-            if self.padding[middle] as usize - middle <= number {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
-        let chunk = number.checked_add(low)?;
+        let paddings =
+            leading(0, self.padding.len(), |padding| self.padding[padding] as usize - padding <= number);
+        let chunk = number.checked_add(paddings)?;
         (chunk < self.chunks()).then_some(chunk)
     }
 
@@ -187,7 +180,7 @@ impl Layout {
         let starts: &[u64] = &self.starts;
         let low = buckets[bucket] as usize;
         let high = buckets.get(bucket + 1).map_or_else(|| starts.len() - 2, |&next| next as usize);
-        low + starts[low + 1..=high].partition_point(|&start| start <= offset)
+        leading(low + 1, high + 1, |chunk| starts[chunk] <= offset) - 1
     }
 
     /// Prefetches the tables that a lookup reads, if they are small.
@@ -465,10 +458,14 @@ impl Layout {
     }
 
     fn piece(&self, chunk: usize, within: &Range<u64>) -> Piece<'_> {
-        let own = self.offsets_of(chunk);
-        let (start, end) = (own.start.max(within.start), own.end.min(within.end));
-        let offset = self.origins[chunk].offset + (start - own.start);
-        Piece { chunk: self.number_of(chunk), backing: self.backing_of(chunk), offset, bytes: end - start }
+        let starts: &[u64] = &self.starts;
+        let start = starts[chunk].max(within.start);
+        Piece {
+            chunk: self.number_of(chunk),
+            backing: self.backing_of(chunk),
+            offset: self.source_offset(chunk) + (start - starts[chunk]),
+            bytes: starts[chunk + 1].min(within.end) - start,
+        }
     }
 
     /// Builds the buckets: one for about four chunks.
@@ -496,6 +493,20 @@ impl Layout {
     const fn buckets_for(&self, end: u64) -> usize {
         if end == 0 { 0 } else { ((end - 1) >> self.shift) as usize + 1 }
     }
+}
+
+/// The end of the numbers from `low` on, and below `high`, for which `is_before` holds: it holds for none after them.
+/// A search of the standard library takes four times its stack in a debug build, and signal handlers locate chunks.
+fn leading(mut low: usize, mut high: usize, is_before: impl Fn(usize) -> bool) -> usize {
+    while low < high {
+        let middle = low.midpoint(high);
+        if is_before(middle) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    low
 }
 
 /// The tables of so many chunks take a few cache lines.
