@@ -59,9 +59,10 @@ use std::time::Duration;
 /// * **Kernels** before Linux 6.8 cannot move pages: there, pages are dropped at once, without standby.
 ///   So they are where swap is on and the kernel may lose a page that moves while it is swapped out
 ///   (before Linux 6.16). Regions with write-back are refused there.
-/// * **Regions that are served [`Inline`](crate::Inline)**: a touch evicts other pages in its signal handler. If
-///   the budget has regions that are built [`write_back`](crate::Builder::write_back), a thread of the budget
-///   evicts instead, because a handler calls no source; a touch without room waits for it.
+/// * **Regions that are served [`Inline`](crate::Inline)**: a touch evicts other pages in its signal handler, and
+///   writes them to their [`WritableFile`](crate::source::WritableFile). For written pages of other sources, and
+///   while a source fails, a thread of the budget evicts, because a handler calls no source; a touch without room
+///   waits for it.
 /// * **Forked children** do not have regions with a budget.
 ///
 /// ```

@@ -159,6 +159,39 @@ impl Written {
         }
     }
 
+    /// As `Share::write_moved`: the file gets the bytes of the slot before another thread can claim the page.
+    fn evict_in_handler(&self) {
+        let (slot, taken) = self.slots.take(&mut self.ends.lock().unwrap(), 1);
+        if taken == 0 {
+            return;
+        }
+        let Ok(mut claim) = self.pages.claim_present(PAGE.span(), self) else { return self.slots.skip(slot) };
+        if self.writing.get(0) {
+            self.slots.skip(slot);
+            return claim.settle(1, PageState::Present);
+        }
+        let frame = self.region.swap(0, Ordering::SeqCst) & !PROTECTED;
+        assert_eq!(self.arena[slot].swap(frame, Ordering::SeqCst), 0, "a taken slot is empty");
+        let is_dirty = self.dirty.get(0);
+        if is_dirty {
+            self.begin_writing();
+            self.slots.fill_dirty(slot, 0);
+        } else {
+            self.slots.fill(slot, 0);
+        }
+        self.places.set(PAGE, Place::Slot(slot as u32));
+        let is_refused = is_dirty && !self.write_back(self.arena[slot].load(Ordering::SeqCst) - 1);
+        if is_dirty && !is_refused {
+            assert!(self.slots.written(slot, 0), "no other thread brings a claimed page back");
+            self.writing.clear(0);
+        }
+        claim.settle(1, PageState::Absent);
+        if is_refused {
+            self.put_back(slot);
+            self.writing.clear(0);
+        }
+    }
+
     /// As `DirtyPages::begin_writing`.
     fn begin_writing(&self) {
         self.writing.set(0);
@@ -266,14 +299,41 @@ fn a_failed_write_back_loses_no_write() {
 }
 
 #[test]
-fn a_flush_finds_a_written_page_until_it_is_in_its_source() {
+fn a_handler_that_writes_pages_loses_no_write() {
     for fails in [false, true] {
+        explore("a handler that writes pages", move || {
+            run(
+                fails,
+                &[
+                    |page| (0..2).for_each(|_| page.evict_in_handler()),
+                    |page| {
+                        page.flush();
+                        page.evict();
+                        page.empty();
+                    },
+                ],
+            );
+        });
+    }
+}
+
+/// Each way in which a page leaves, with and without a failure.
+const EVICTIONS: [(bool, fn(&Written)); 4] = [
+    (false, Written::evict),
+    (true, Written::evict),
+    (false, Written::evict_in_handler),
+    (true, Written::evict_in_handler),
+];
+
+#[test]
+fn a_flush_finds_a_written_page_until_it_is_in_its_source() {
+    for (fails, evict) in EVICTIONS {
         explore("a flush that looks for a page", move || {
             let written = Written::new();
             written.write(1);
             written.failing.store(usize::from(fails), Ordering::SeqCst);
             let evicts = Arc::clone(&written);
-            let evictor = thread::spawn(move || evicts.evict());
+            let evictor = thread::spawn(move || evict(&evicts));
             let is_unwritten = written.is_unwritten();
             assert!(is_unwritten || written.source.load(Ordering::SeqCst) == 1, "the flush misses the page");
             evictor.join().unwrap();
