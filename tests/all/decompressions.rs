@@ -4,6 +4,7 @@
 use crate::PAGE;
 use pagestitch::source::Cached;
 use pagestitch::{Builder, Chunk, Pool, Readahead, Region, Source};
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -145,6 +146,30 @@ fn blocks_that_end_inside_pages_cost_their_neighbours_too() {
         let seen = source.decompressions();
         println!("{seen} decompressions of blocks that end inside pages, cached: {is_cached}");
         assert!(seen <= READ as u64 * most, "{seen}, cached: {is_cached}");
+    }
+}
+
+/// A chunk for each block, of a source of its own, with an end inside a page.
+#[test]
+fn blocks_with_padding_behind_them_are_decompressed_once() {
+    const BYTES: usize = BLOCK - 500;
+    for readahead in [Readahead::None, Readahead::Adaptive] {
+        let blocks: Vec<_> = (0..BLOCKS / 4).map(|_| Arc::<Compressed>::default()).collect();
+        let chunks = blocks.iter().map(|block| Chunk::source(Arc::clone(block)).range(..BYTES as u64));
+        let builder = Region::builder().readahead(readahead).page_aligned().chunks(chunks);
+        let region = builder.build(&Pool::new().unwrap()).unwrap();
+        let read = || random_blocks().map(|block| block % blocks.len());
+        for block in read() {
+            let bytes = &region.as_slice()[block * BLOCK..][..BLOCK];
+            assert!(bytes[..BYTES].iter().all(|&byte| byte == 1) && bytes[BYTES..] == [0; BLOCK - BYTES]);
+        }
+        let seen: u64 = blocks.iter().map(|block| block.decompressions()).sum();
+        println!("{seen} decompressions of blocks with padding behind them, {readahead:?}");
+        let distinct = read().collect::<BTreeSet<_>>().len() as u64;
+        let most = if readahead == Readahead::None { distinct } else { blocks.len() as u64 / 2 };
+        assert!((distinct..=most).contains(&seen), "{seen} for {distinct}");
+        region.populate(..).unwrap();
+        assert!(blocks.iter().all(|block| block.decompressions() == 1));
     }
 }
 

@@ -151,14 +151,17 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
         | Backing::Donated(_)
         | Backing::Shared(_)
         | Backing::Mapped(_) => {
-            let (most, buffers) = (whole as u64 * page.bytes() as u64, (staging, block));
+            let buffers = (staging, block);
+            let is_tail = whole < span.pages && region.ends_unit(Page(span.first.0 + whole));
+            let most = (whole + usize::from(is_tail)) as u64 * page.bytes() as u64;
             let most = most.min(layout.read_length(offsets.start, buffers.0.len() as u64));
             read_pages(&piece, page, most as usize, buffers)
         }
     }
 }
 
-/// Reads as many pages of a piece as `most` bytes hold, at least one.
+/// Reads as many pages of a piece as `most` bytes hold, at least one. The last one ends with zeros, if the piece ends
+/// inside of it.
 fn read_pages<'a>(
     piece: &Piece<'_>,
     page: PageSize,
@@ -170,7 +173,9 @@ fn read_pages<'a>(
     // Only a source that prefers large reads needs the large buffer.
     let buffer = if pages * page.bytes() > buffer.len() { block.fresh() } else { buffer };
     let buffer = &mut buffer[..pages * page.bytes()];
-    match read(source, piece.offset, buffer) {
+    let (bytes, padding) = buffer.split_at_mut(buffer.len().min(piece.bytes as usize));
+    padding.fill(0);
+    match read(source, piece.offset, bytes) {
         Ok(()) => Ok(Filled { pages, content: Content::Buffered(buffer) }),
         Err(error) if pages > 1 => {
             discard(error);

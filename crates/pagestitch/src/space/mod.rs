@@ -391,7 +391,11 @@ impl Mapping {
         if self.recorder.is_some() || size != PageSize::system() {
             return alone;
         }
-        let Some(unit) = self.layout.read_unit(size.offset_of(page)) else { return alone };
+        let Some(mut unit) = self.layout.read_unit(size.offset_of(page)) else { return alone };
+        let last = size.page_at(unit.end - 1);
+        if self.ends_unit(last) {
+            unit.end = size.offsets(last.span()).end;
+        }
         let mut rest = size.inside(&unit);
         loop {
             let gap = self.next_gap(rest);
@@ -405,6 +409,19 @@ impl Mapping {
             }
             rest = rest.without_prefix(run.end().0 - rest.first.0);
         }
+    }
+
+    /// True if a chunk whose source prefers to be read in units ends inside a page, and the page has no other bytes
+    /// than padding: it is filled with the pages before it.
+    pub(crate) fn ends_unit(&self, page: Page) -> bool {
+        if !self.layout.has_read_units() {
+            return false;
+        }
+        let offsets = self.page_size().offsets(page.span());
+        let chunk = self.layout.locate(offsets.start);
+        self.layout.offsets_of(chunk).end < offsets.end
+            && self.layout.is_free_after(chunk, offsets.end)
+            && self.layout.read_unit(offsets.start).is_some()
     }
 
     /// A span with all of the [read units](Self::read_unit) that it begins or ends in.
