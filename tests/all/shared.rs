@@ -2,12 +2,15 @@
 
 use crate::donated::pages_of;
 use crate::{PAGE, pattern, reason, touch};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{ProtFlags, mprotect};
 use pagestitch::source::{Alias, FailureReason, SharedFile, UnsealedMemfd};
 use pagestitch::{Access, Chunk, ErrorKind, Method, PlanReason, Pool, Region, SharedRegion};
 use pagestitch_testkit::{child, this_test};
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -296,6 +299,27 @@ fn a_file_that_cannot_be_mapped_is_copied_and_the_plan_says_so() {
     let error = strict.build_shared(&Pool::new().unwrap()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotZeroCopy);
     assert_eq!((error.chunk(), error.plan_reason()), (Some(0), Some(PlanReason::UnmappableFile)));
+}
+
+/// Before Linux 6.7, a memfd that is sealed against writes has no shared mappings.
+#[test]
+fn a_file_without_shared_mappings_is_copied_into_a_region_that_is_read() {
+    let memfd = memfd_create("sealed", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
+    let memfd = File::from(memfd);
+    memfd.write_all_at(&pattern(3, 3 * PAGE), 0).unwrap();
+    fcntl(&memfd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
+    let mut files =
+        vec![(Arc::new(SharedFile::try_from(OwnedFd::from(memfd)).unwrap()), pattern(3, 3 * PAGE))];
+    let types = "/sys/kernel/btf/vmlinux";
+    match std::fs::read(types) {
+        Ok(bytes) => files.push((Arc::new(SharedFile::open(types, Access::ReadOnly).unwrap()), bytes)),
+        Err(error) => println!("SKIPPED in part: {types}: {error}"),
+    }
+    for (file, bytes) in files {
+        let region = Region::builder().chunk(file).build_shared(&Pool::new().unwrap()).unwrap();
+        println!("{}", region.plan());
+        assert!(bytes_of(&region) == bytes);
+    }
 }
 
 #[test]

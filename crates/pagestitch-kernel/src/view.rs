@@ -127,6 +127,12 @@ impl View {
         self.reservation.do_not_fork()
     }
 
+    /// True if memory that is shown in place is mapped for writes, too.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.access == Access::Writable
+    }
+
     /// The memfd that has the pages, at the same offsets, if the view was
     /// [reserved on](Self::reserve_on) one.
     #[must_use]

@@ -111,7 +111,7 @@ impl fmt::Display for PlanReason {
             Self::NoMappings => "no mapping is left for it (vm.max_map_count): copied",
             Self::NoMoves => "donated pages cannot be moved without unmapping them (Linux 5.7): copied",
             Self::UnmappableFile => {
-                "its file system does not map files (ENODEV: FUSE with direct_io, sysfs): copied"
+                "its file system does not map files, or not this one (FUSE with direct_io, sysfs): copied"
             }
             Self::NoHugePages => "no huge pages are left for writes to it (vm.nr_hugepages): copied",
             Self::MovesOnTouch => "donated: its pages move in when they are touched",

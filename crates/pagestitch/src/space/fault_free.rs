@@ -80,10 +80,11 @@ impl FaultFree {
             }
             match map_run(run, backing, page, (view, shards)) {
                 Ok(()) => {}
-                Err(errno) if errno == Errno::ENOMEM || refusal_reason(backing, page, errno).is_some() => {
-                    return Ok(None);
-                }
-                Err(errno) => return Err((run.chunk, errno)),
+                Err(Errno::ENOMEM) => return Ok(None),
+                Err(errno) => match refusal_reason(backing, page, errno, view.is_writable()) {
+                    Some(_) => return Ok(None),
+                    None => return Err((run.chunk, errno)),
+                },
             }
         }
         let in_place = MappedRuns::of(self.runs);

@@ -99,7 +99,7 @@ impl ShownPages {
                 Ok(()) if matches!(backing, Backing::Shared(Shared::Lazy(_))) => shown.lazy.runs.push(run),
                 Ok(()) if matches!(backing, Backing::Donated(_)) => shown.moved.runs.push(run),
                 Ok(()) => shown.in_place.runs.push(run),
-                Err(errno) => match refusal_reason(backing, page, errno) {
+                Err(errno) => match refusal_reason(backing, page, errno, view.is_writable()) {
                     Some(reason) => {
                         let restored = shards
                             .spans(run.span, page)
@@ -118,11 +118,20 @@ impl ShownPages {
 }
 
 /// The reason why the kernel refuses to map one source, which is copied then. `None` if the error
-/// does not concern this source alone.
-pub(super) fn refusal_reason(backing: &Backing, page: PageSize, errno: Errno) -> Option<PlanReason> {
+/// does not concern this source alone, or if the region is written and its file is not open for that.
+pub(super) fn refusal_reason(
+    backing: &Backing,
+    page: PageSize,
+    errno: Errno,
+    is_writable: bool,
+) -> Option<PlanReason> {
     match (backing, errno) {
         (Backing::Donated(_), Errno::EINVAL) => Some(PlanReason::NoMoves),
         (Backing::Memfd(_) | Backing::Immutable(_) | Backing::Shared(Shared::File(..)), Errno::ENODEV) => {
+            Some(PlanReason::UnmappableFile)
+        }
+        // Some files, and before Linux 6.7 memfds that are sealed against writes, have no shared mappings.
+        (Backing::Shared(Shared::File(..)), Errno::EACCES | Errno::EPERM) if !is_writable => {
             Some(PlanReason::UnmappableFile)
         }
         (_, Errno::ENOMEM) if backing.granule() != page => Some(PlanReason::NoHugePages),
