@@ -11,7 +11,7 @@ use crate::server::{self, Chosen};
 use pagestitch::{Access, Builder, ErrorKind, SharedRegion};
 use pyo3::exceptions::{PyBufferError, PyIndexError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyByteArray, PyBytes, PyDict, PyIterator, PyList, PyMemoryView, PyString};
+use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyMemoryView, PyString};
 use pyo3::{PyTraverseError, PyVisit, ffi};
 use std::ffi::{c_int, c_void};
 use std::ops::{Deref, Range};
@@ -399,10 +399,8 @@ impl Arguments<'_> {
 
 /// The objects in an argument that lists the chunks.
 fn listed<'py>(chunks: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyIterator>> {
-    let is_bytes = chunks.is_instance_of::<PyBytes>()
-        || chunks.is_instance_of::<PyByteArray>()
-        || chunks.is_instance_of::<PyMemoryView>();
-    if is_bytes || chunks.is_instance_of::<PyString>() {
+    // The elements of an array, a `mmap` or `bytes` are numbers, and not chunks.
+    if PyMemoryView::from(chunks).is_ok() || chunks.is_instance_of::<PyString>() {
         return Err(PyTypeError::new_err("the chunks are a list, also if there is one: pass [x]"));
     }
     chunks.try_iter()

@@ -1,5 +1,7 @@
 """Errors: their remedies are words of Python, and those of the kernel have their errno."""
 
+import array
+import mmap
 import subprocess
 import sys
 import textwrap
@@ -133,7 +135,10 @@ def test_an_attribute_error_of_a_size_is_raised_itself():
         pagestitch.Region([Sized()])
 
 
-@pytest.mark.parametrize("chunks", [b"bytes", bytearray(b"bytes"), memoryview(b"bytes"), "path"])
+@pytest.mark.parametrize(
+    "chunks",
+    [b"bytes", bytearray(b"bytes"), memoryview(b"bytes"), array.array("d", [1.0]), mmap.mmap(-1, 4096), "path"],
+)
 def test_a_buffer_or_path_in_the_place_of_the_list_is_told_of_the_list(chunks):
     with pytest.raises(TypeError, match=r"pass \[x\]"):
         pagestitch.Region(chunks)
