@@ -55,7 +55,7 @@ pub(crate) struct Options {
     /// with -
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// The number of handler threads [default: one per CPU, at most 8]
+    /// The number of handler threads [default: one per CPU, at most 32]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = workers())]
     workers: Option<usize>,
     /// Write the order of the first touches by --touch. Needs --copy, because a touch of a mapped

@@ -95,7 +95,7 @@ pub(crate) struct Options {
     /// Each process that can connect can read the figures
     #[arg(long, value_name = "ADDRESS", value_parser = exporter::address)]
     metrics: Option<SocketAddr>,
-    /// The number of handler threads [default: one per CPU, at most 8]
+    /// The number of handler threads [default: one per CPU, at most 32]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = workers())]
     workers: Option<usize>,
     /// The seconds within which a client must send its handshake
