@@ -2,7 +2,7 @@
 
 use crate::density::Density;
 use crate::log;
-use crate::output::{bytes, count, nanoseconds, offset};
+use crate::output::{self, bytes, count, nanoseconds, offset};
 use crate::scene::{Content, Limit, Scene, Watched};
 use pagestitch::{Coverage, Histogram, Support};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
@@ -37,7 +37,7 @@ impl Live {
         if !io::stdout().is_terminal() {
             return Err(String::from("--live needs a terminal, but standard output is not one: omit --live"));
         }
-        if log::is_dumb() {
+        if output::is_dumb() {
             return Err(String::from(
                 "--live needs a terminal that can move its cursor, but TERM is dumb or unset: omit --live",
             ));
@@ -73,7 +73,13 @@ impl Drop for Live {
 }
 
 fn draw(terminal: &mut DefaultTerminal, scene: &Scene) -> io::Result<()> {
-    terminal.draw(|frame| paint(frame, &mut scene.lock())).map(drop)
+    let paint = |frame: &mut Frame<'_>| {
+        paint(frame, &mut scene.lock());
+        if !output::may_color() {
+            frame.buffer_mut().content.iter_mut().for_each(|cell| cell.fg = Color::Reset);
+        }
+    };
+    terminal.draw(paint).map(drop)
 }
 
 /// Waits for a key until the next frame is due. True if the key ends the program.

@@ -34,7 +34,8 @@ mod touch;
 mod usage;
 
 use clap::error::ErrorKind;
-use clap::{ArgAction, CommandFactory, Parser, Subcommand};
+use clap::{ArgAction, ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand};
+use log::Events;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use output::Form;
 use serde_json::json;
@@ -92,7 +93,7 @@ enum Command {
 
 fn main() -> ExitCode {
     pagestitch_bench::guest::run_as_guest_if_requested();
-    let arguments = match Arguments::try_parse() {
+    let arguments = match parse() {
         Ok(arguments) => arguments,
         Err(error) => return refuse(&error),
     };
@@ -103,9 +104,13 @@ fn main() -> ExitCode {
     };
     // A stress test makes thousands of pages fail.
     let quiet = form == Form::Quiet || matches!(arguments.command, Command::Stress(_));
-    let serves = matches!(arguments.command, Command::Serve(_));
-    let least = if quiet { LevelFilter::ERROR } else { LevelFilter::WARN };
-    log::start(arguments.verbose, least, serves, form == Form::Json);
+    log::start(&Events {
+        verbose: arguments.verbose,
+        least: if quiet { LevelFilter::ERROR } else { LevelFilter::WARN },
+        times: matches!(arguments.command, Command::Serve(_)),
+        json: form == Form::Json,
+        injects_failures: matches!(arguments.command, Command::Stress(_)),
+    });
     raise_descriptor_limit();
     match run(arguments.command, form) {
         Ok(()) => ExitCode::SUCCESS,
@@ -116,6 +121,12 @@ fn main() -> ExitCode {
             fail(&reason(error.as_ref()), kind_of(error.as_ref()), status, form)
         }
     }
+}
+
+fn parse() -> Result<Arguments, clap::Error> {
+    let colors = if output::may_color() { ColorChoice::Auto } else { ColorChoice::Never };
+    let matches = Arguments::command().color(colors).try_get_matches()?;
+    Arguments::from_arg_matches(&matches)
 }
 
 fn run(command: Command, form: Form) -> Result<(), Box<dyn Error>> {

@@ -512,7 +512,10 @@ fn start_on_terminal(
     let size = nix::pty::Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
     let nix::pty::OpenptyResult { master, slave } = nix::pty::openpty(&size, None).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
-    command.current_dir(directory).args(arguments).env("TERM", "xterm-256color").env_remove("NO_COLOR");
+    command.current_dir(directory).args(arguments).env("TERM", "xterm-256color");
+    for setting in ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE"] {
+        command.env_remove(setting);
+    }
     command.envs(environment.iter().copied()).stdin(slave.try_clone().unwrap());
     command.stdout(slave.try_clone().unwrap()).stderr(slave);
     // After this, the child holds the only other descriptors of the terminal. A read fails with EIO
@@ -532,6 +535,17 @@ fn verbose_has_colours_on_a_terminal_unless_refused() {
     assert!(shown(&[("NO_COLOR", "")]), "only a value counts");
     assert!(!shown(&[("NO_COLOR", "1")]));
     assert!(!shown(&[("TERM", "dumb")]));
+    assert!(!shown(&[("CLICOLOR", "0")]));
+    assert!(shown(&[("CLICOLOR", "1")]));
+    for (refusal, colored) in
+        [(("CLICOLOR", "0"), false), (("NO_COLOR", "1"), false), (("CLICOLOR", "1"), true)]
+    {
+        let (_, help) = on_terminal(directory.path(), &["--help"], &[refusal]);
+        assert_eq!(help.contains('\x1b'), colored, "{refusal:?}: {help:?}");
+        let (_, picture) = on_terminal(directory.path(), &["stitch", "a", "--copy", "--live"], &[refusal]);
+        let green = ["\x1b[32", "\x1b[38;5;2"].iter().any(|green| picture.contains(green));
+        assert_eq!(green, colored, "{refusal:?}: {picture:?}");
+    }
 }
 
 #[test]
@@ -742,4 +756,12 @@ fn a_second_of_stress_passes_and_prints_counters() {
     let parts =
         ["locked", "locked_skipped", "splits", "donated_rotations", "hugetlb_parts", "hugetlb_parts_skipped"];
     assert!(parts.into_iter().chain(["stopped", "shards"]).all(counted), "{said}");
+    // In this round, sources do not take bytes back.
+    for form in [&[][..], &["--json"], &["-v"]] {
+        let round = ["stress", "--seconds", "1", "--seed", "7", "--round", "3"];
+        let output = pagestitch(Path::new("/"), &[&round[..], form].concat());
+        out(&output);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!said.contains("ERROR") && !said.contains("\"error\""), "{said}");
+    }
 }
