@@ -462,6 +462,8 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
         (stitch(&["--record", "new", "--copy"]), "--touch"),
         (stitch(&["--memory", "64M"]), "--copy"),
         (stitch(&["--memory", "much", "--copy"]), "it is no number of bytes: write 4096"),
+        (stitch(&["--memory", "1", "--copy"]), "a budget of 1 byte is too small: give it "),
+        (stitch(&["--seed", "x"]), "say a number from 0 to 18446744073709551615"),
         (stitch(&["-o", "./a"]), "the output ./a is the part a, which writing would destroy"),
         (stitch(&["--heatmap", "./a"]), "the map ./a is the part a, which writing would destroy"),
         (stitch(&["--copy", "--touch", "random", "--record", "a"]), "the recording a is the part a, which"),
@@ -688,7 +690,7 @@ fn a_stitch_without_userfaultfd_says_so_and_has_the_right_bytes() {
     }
     let record = ["stitch", "a", "--copy", "--touch", "random", "--record", "r"];
     let said = error_line(&without_userfaultfd(directory.path(), &[&record[..], &["--quiet"]].concat()), 1);
-    assert!(said.contains("leave out record()"), "{said}");
+    assert!(said.contains("leave out --record, or let this process use userfaultfd"), "{said}");
 }
 
 #[test]
@@ -742,7 +744,8 @@ fn first_touches_are_recorded_and_replayed() {
     assert!(second["faults"].as_u64().unwrap() <= 100);
     let said =
         error_line(&pagestitch(directory.path(), &["stitch", "--copy", "a", "--replay", "touches"]), 1);
-    assert!(said.contains("the recording is of a region of 819200 bytes"), "{said}");
+    assert!(said.contains("touches: the recording is of a region of 819200 bytes"), "{said}");
+    assert!(!said.contains("stitched"), "{said}");
     let said = error_line(&pagestitch(directory.path(), &["stitch", "a", "--record", "touches"]), 2);
     assert!(said.contains("--copy"), "{said}");
 }
