@@ -83,6 +83,10 @@ fn the_errors_of_growth_name_the_numbers_and_the_remedy() {
             "region r: a capacity of 10 bytes is too little: ask for capacity(16384) or more",
         ),
         (
+            refused(filled().capacity(1), &pool),
+            "region r: a capacity of 1 byte is too little: ask for capacity(16384) or more",
+        ),
+        (
             log().append(vec![1; PAGE + 1]).unwrap_err(),
             "region r: 4097 bytes after its 16384 bytes exceed its capacity of 20480 bytes: build it with a larger capacity()",
         ),
@@ -164,6 +168,11 @@ fn the_errors_of_options_name_the_option_and_the_remedy() {
     let recorded = filled().record().build(&pool).unwrap();
     let recording = recorded.recording().unwrap();
     let other = || named().chunk(vec![1; PAGE]).replay(&recording);
+    let least = 1024 * PAGE;
+    check([(
+        Budget::bytes(1).unwrap_err(),
+        format!("a budget of 1 byte is too small: give it {least} bytes or more"),
+    )]);
     check([
         (
             refused(filled().writable().hardware_read_only(), &pool),
@@ -563,11 +572,11 @@ fn the_errors_of_a_snapshot_name_the_file_and_the_remedy() {
         ),
         (
             Error::LengthMismatch { path: path(), bytes: 1, base: 2 },
-            "diff has 1 bytes and its base 2: name a diff of this base, which has the same length",
+            "diff has 1 byte and its base 2: name a diff of this base, which has the same length",
         ),
         (
             Error::NotPageAligned { path: path(), bytes: 1 },
-            "diff has 1 bytes, which is not a whole number of pages: name a memory file that is not truncated",
+            "diff has 1 byte, which is not a whole number of pages: name a memory file that is not truncated",
         ),
     ]);
 }
@@ -580,7 +589,7 @@ fn the_errors_of_a_handler_name_the_path_and_the_remedy() {
     check([
         (
             Error::RecordingMismatch { recorded: 1, bytes: 2 },
-            "the recording is of 1 bytes of memory, but the memory file has 2: record a guest of this snapshot",
+            "the recording is of 1 byte of memory, but the memory file has 2: record a guest of this snapshot",
         ),
         (
             Error::InUse(path()),
@@ -636,7 +645,7 @@ fn the_refusals_of_a_handshake_name_what_was_sent_and_what_was_expected() {
         ),
         (
             HandshakeError::Size { guest: 1, file: 2 },
-            "has 1 bytes of memory, but the memory file has 2: name the memory file of this guest's snapshot",
+            "has 1 byte of memory, but the memory file has 2: name the memory file of this guest's snapshot",
         ),
         (
             HandshakeError::Overflow { address: 0x1000, size: 1 },

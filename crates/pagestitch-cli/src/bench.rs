@@ -34,7 +34,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 5, value_parser = number::up_to::<u16>(u16::MAX.into()))]
     rounds: u16,
     /// Decides the order of chunks and of touches
-    #[arg(long, allow_negative_numbers = true, default_value_t = 1)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1, value_parser = number::any)]
     seed: u64,
     /// The numbers of threads that touch, such as 1,2,4: each is a point of the workloads latency,
     /// scan, parallel, scaling, restore and populate. More threads than CPUs are marked in the results

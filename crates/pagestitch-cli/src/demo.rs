@@ -2,6 +2,7 @@
 
 mod bounded;
 
+use crate::number;
 use crate::output::{Form, bytes, count, hexadecimal, nanoseconds, table};
 use crate::touch::Touch;
 use bounded::Bounded;
@@ -33,7 +34,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "ORDER[:SHARE]", default_value = "random:2%")]
     touch: Touch,
     /// Decides the cuts in the file and the touched pages
-    #[arg(long, allow_negative_numbers = true, default_value_t = 1)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1, value_parser = number::any)]
     seed: u64,
 }
 
@@ -115,7 +116,8 @@ fn read(path: &Path, file: &FileSource) -> Result<Vec<u8>, Box<dyn Error>> {
         .into());
     }
     let mut content = vec![0; usize::try_from(len)?];
-    file.read_at(0, &mut content).map_err(|error| format!("cannot read {shown}: {error}"))?;
+    file.read_at(0, &mut content)
+        .map_err(|error| format!("cannot read {shown}: {error}: name another file"))?;
     Ok(content)
 }
 

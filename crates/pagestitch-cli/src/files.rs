@@ -5,6 +5,7 @@ use crate::usage::Usage;
 use pagestitch_kernel::replace::{Replacement, can_replace, replace};
 use std::error::Error;
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs;
 use std::io::{self, Write, stdout};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -30,6 +31,21 @@ pub(crate) fn check<'a>(
     }
     Ok(())
 }
+
+/// An error that does not name the file that it is about.
+#[derive(Debug)]
+pub(crate) struct OfFile {
+    pub(crate) path: PathBuf,
+    pub(crate) error: Box<dyn Error>,
+}
+
+impl fmt::Display for OfFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.path.display(), self.error)
+    }
+}
+
+impl Error for OfFile {}
 
 /// Writes a file, all or nothing.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), String> {

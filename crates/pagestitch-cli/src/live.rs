@@ -2,7 +2,7 @@
 
 use crate::density::Density;
 use crate::log;
-use crate::output::{bytes, count, nanoseconds, offset};
+use crate::output::{self, bytes, count, nanoseconds, offset};
 use crate::scene::{Content, Limit, Scene, Watched};
 use pagestitch::{Coverage, Histogram, Support};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
@@ -12,6 +12,7 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Paragraph};
 use ratatui::{DefaultTerminal, Frame};
 use std::io::{self, IsTerminal};
+use std::mem;
 use std::process::exit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,7 +38,7 @@ impl Live {
         if !io::stdout().is_terminal() {
             return Err(String::from("--live needs a terminal, but standard output is not one: omit --live"));
         }
-        if log::is_dumb() {
+        if output::is_dumb() {
             return Err(String::from(
                 "--live needs a terminal that can move its cursor, but TERM is dumb or unset: omit --live",
             ));
@@ -73,7 +74,13 @@ impl Drop for Live {
 }
 
 fn draw(terminal: &mut DefaultTerminal, scene: &Scene) -> io::Result<()> {
-    terminal.draw(|frame| paint(frame, &mut scene.lock())).map(drop)
+    let paint = |frame: &mut Frame<'_>| {
+        paint(frame, &mut scene.lock());
+        if !output::may_color() {
+            frame.buffer_mut().content.iter_mut().for_each(|cell| cell.fg = Color::Reset);
+        }
+    };
+    terminal.draw(paint).map(drop)
 }
 
 /// Waits for a key until the next frame is due. True if the key ends the program.
@@ -93,11 +100,19 @@ fn wants_to_quit() -> bool {
 
 fn paint(frame: &mut Frame<'_>, content: &mut Content) {
     let lines = content.lines.len().min(LINES_SHOWN) as u16;
-    let [regions, log, help] =
-        Layout::vertical([Constraint::Min(3), Constraint::Length(lines), Constraint::Length(1)])
-            .areas(frame.area());
+    let width = usize::from(frame.area().width);
+    let has_budget = content.regions.iter().any(|watched| watched.budget.is_some());
+    let help_for = |beyond| help_lines(beyond, has_budget, width);
+    // At least one region is drawn.
+    let most = help_for(content.regions.len().saturating_sub(1)).len() as u16;
+    let heights = [Constraint::Min(3), Constraint::Length(lines), Constraint::Length(most)];
+    let [regions, log, help] = Layout::vertical(heights).areas(frame.area());
     // The first regions are drawn; the last line counts the others.
-    let room = usize::from(regions.height / LEAST_HEIGHT).max(1);
+    let heights = content
+        .regions
+        .iter()
+        .map(|watched| watched.numbers(width.saturating_sub(BORDERS)).len() + LEAST_MAP);
+    let room = (usize::from(regions.height) / heights.max().unwrap_or(1)).max(1);
     let shown = content.regions.len().min(room);
     let areas = Layout::vertical(vec![Constraint::Fill(1); shown.max(1)]).split(regions);
     if shown == 0 {
@@ -109,24 +124,48 @@ fn paint(frame: &mut Frame<'_>, content: &mut Content) {
     }
     let last = content.lines.iter().skip(content.lines.len().saturating_sub(LINES_SHOWN));
     frame.render_widget(Paragraph::new(last.map(|line| Line::raw(line.as_str())).collect::<Vec<_>>()), log);
-    let has_budget = content.regions.iter().any(|watched| watched.budget.is_some());
-    frame.render_widget(Paragraph::new(help_line(content.regions.len() - shown, has_budget)), help);
+    frame.render_widget(Paragraph::new(help_for(content.regions.len() - shown)), help);
 }
 
 /// The key that quits, the number of regions that are not drawn, and the legend of the maps, on which
 /// pages may have left.
-fn help_line(beyond: usize, has_left: bool) -> Line<'static> {
-    let mut spans = vec![Span::raw("q quits").dim()];
-    if beyond > 0 {
-        spans.push(Span::raw(format!("; {} more", count(beyond, "region"))).dim());
-    }
-    spans.push(Span::raw(" ").dim());
+fn help_lines(beyond: usize, has_left: bool, width: usize) -> Vec<Line<'static>> {
+    let beyond = if beyond > 0 { format!("; {} more", count(beyond, "region")) } else { String::new() };
+    let mut pieces = vec![vec![Span::raw(format!("q quits{beyond}   ")).dim()]];
     let leave = |density| matches!(density, Density::Evicted | Density::Returned);
     for density in Density::EACH.into_iter().filter(|&density| has_left || !leave(density)) {
-        let (glyph, name) = (glyph(density), short_name(density));
-        spans.extend([Span::raw("  "), glyph, Span::raw(format!(" {name}")).dim()]);
+        pieces.push(vec![glyph(density), Span::raw(format!(" {}  ", short_name(density))).dim()]);
     }
-    Line::from(spans)
+    wrapped(pieces, width)
+}
+
+/// Puts pieces into lines of a width, without a break inside a piece. A space at the end of a piece may be
+/// past the width.
+fn wrapped(pieces: Vec<Vec<Span<'static>>>, width: usize) -> Vec<Line<'static>> {
+    let mut lines: Vec<Line<'static>> = Vec::new();
+    for piece in pieces {
+        let piece = Line::from(piece);
+        let text = piece.to_string();
+        let seen = piece.width() - (text.len() - text.trim_end().len());
+        match lines.last_mut() {
+            Some(line) if line.width() + seen <= width => line.spans.extend(piece.spans),
+            _ => lines.push(piece),
+        }
+    }
+    lines
+}
+
+/// The parts of a list, each of which ends with its comma, colon or semicolon.
+fn pieces(text: &str) -> Vec<Vec<Span<'static>>> {
+    let (mut pieces, mut piece) = (Vec::new(), String::new());
+    for word in text.split_inclusive(' ') {
+        piece += word;
+        if [", ", ": ", "; "].iter().any(|end| word.ends_with(end)) {
+            pieces.push(vec![Span::raw(mem::take(&mut piece))]);
+        }
+    }
+    pieces.push(vec![Span::raw(piece)]);
+    pieces
 }
 
 impl Watched {
@@ -134,7 +173,7 @@ impl Watched {
         let block = Block::bordered().title(self.title());
         let inside = block.inner(area);
         frame.render_widget(block, area);
-        let lines = self.numbers();
+        let lines = self.numbers(inside.width.into());
         let heights = [Constraint::Length(lines.len() as u16), Constraint::Min(1)];
         let [numbers, map] = Layout::vertical(heights).areas(inside);
         frame.render_widget(Paragraph::new(lines), numbers);
@@ -166,21 +205,22 @@ impl Watched {
         format!(" {}: {share:.1} % of {pages}, {} ", self.meter.region(), bytes(all.pages * page()))
     }
 
-    fn numbers(&self) -> Vec<Line<'static>> {
+    /// The counters, in lines of a width.
+    fn numbers(&self, width: usize) -> Vec<Line<'static>> {
         let Self { metrics, faults_per_second: faults, pages_per_second: pages, .. } = self;
         let oldest =
             self.meter.oldest().map_or_else(String::new, |(_, age)| format!(", the oldest {}", time(age)));
-        let mut first = vec![Span::raw(format!(
-            "{faults:.0} faults/s, {pages:.0} pages/s; {}, {} copied; {} in flight{oldest}",
+        let lost = metrics.pages_poisoned;
+        let mut first = pieces(&format!(
+            "{faults:.0} faults/s, {pages:.0} pages/s; {}, {} copied; {} in flight{oldest}{}",
             count(metrics.faults as usize, "fault"),
             bytes(metrics.bytes_copied),
             self.meter.in_flight(),
-        ))];
-        if metrics.pages_poisoned > 0 {
-            first.push(Span::styled(
-                format!("; {} lost", count(metrics.pages_poisoned as usize, "page")),
-                Style::new().red().bold(),
-            ));
+            if lost > 0 { "; " } else { "" },
+        ));
+        if lost > 0 {
+            let lost = format!("{} lost", count(lost as usize, "page"));
+            first.push(vec![Span::styled(lost, Style::new().red().bold())]);
         }
         let second = self.meter.latency().map_or_else(String::new, |latency| {
             format!(
@@ -190,15 +230,15 @@ impl Watched {
                 quantiles(&latency.resolve)
             )
         });
-        let mut lines = vec![Line::from(first), Line::raw(second)];
-        lines.extend(self.budget.iter().flat_map(Limit::lines));
-        lines
+        let mut lines = vec![first, pieces(&second)];
+        lines.extend(self.budget.iter().flat_map(Limit::lines).map(|line| pieces(&line)));
+        lines.into_iter().flat_map(|pieces| wrapped(pieces, width)).collect()
     }
 }
 
 impl Limit {
     /// The memory of the budget, and the pages that have left and come back.
-    fn lines(&self) -> [Line<'static>; 2] {
+    fn lines(&self) -> [String; 2] {
         let (metrics, [resident, standby, dirty]) = (&self.metrics, self.sizes().map(bytes));
         let memory = format!(
             "{resident} of {} in memory: {standby} standby, {dirty} dirty; stalled {}",
@@ -213,7 +253,7 @@ impl Limit {
             metrics.refaults,
             metrics.write_backs,
         );
-        [Line::raw(memory), Line::raw(pages)]
+        [memory, pages]
     }
 
     const fn sizes(&self) -> [u64; 3] {
@@ -249,7 +289,7 @@ fn glyph(density: Density) -> Span<'static> {
     }
 }
 
-/// The entry of the legend, which has one line for all.
+/// The entry of the legend, which has one line for all on a terminal of 80 columns.
 const fn short_name(density: Density) -> &'static str {
     match density {
         Density::None => "absent",
@@ -271,7 +311,10 @@ fn page() -> u64 {
 const OFFSET_WIDTH: usize = 11;
 const FRAME: Duration = Duration::from_millis(100);
 const LINES_SHOWN: usize = 5;
-const LEAST_HEIGHT: u16 = 6;
+/// The columns of the left and the right border.
+const BORDERS: usize = 2;
+/// The lines of the borders and of the least map.
+const LEAST_MAP: usize = 4;
 
 #[cfg(test)]
 mod tests {
@@ -344,13 +387,52 @@ mod tests {
         for part in [
             &format!("{} evicted, ", metrics.evictions),
             "of 6.0 MiB in memory: ",
-            " dirty; stalled ",
+            " dirty;",
+            "stalled ",
             "○ evicted  ● back",
         ] {
             assert!(seen.contains(part), "{part} is not in\n{seen}");
         }
         let (map, _) = seen.split_once("○ evicted").unwrap();
         assert!(map.contains('○') && map.contains('●'), "{seen}");
+    }
+
+    #[test]
+    fn a_narrow_picture_has_all_counters_and_the_whole_legend() {
+        let budget = Budget::bytes(6 << 20).unwrap();
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let region = Region::builder().chunk(vec![7; 4096]).budget(&budget).record_latency();
+        let region = region.build(&pool).unwrap();
+        assert_eq!(region.as_slice()[0], 7);
+        let scene = Scene::default();
+        scene.add_limited(region.meter(), budget.clone());
+        for width in [48, 60, 80] {
+            let seen = shown_at(&scene, width, 20);
+            for part in [
+                " pages/s;",
+                " copied;",
+                " in flight",
+                "queue ",
+                "fill ",
+                "resolve ",
+                " in memory:",
+                " standby,",
+                " dirty;",
+                "stalled ",
+                " evicted,",
+                " soft faults,",
+                " refaults,",
+                " written back",
+                "· absent",
+                ">50 %",
+                "○ evicted",
+                "● back",
+                "× lost",
+            ] {
+                assert!(seen.contains(part), "{part:?} is not in {width} columns:\n{seen}");
+            }
+            assert!(seen.contains('█'), "the map has room:\n{seen}");
+        }
     }
 
     #[test]

@@ -1,25 +1,40 @@
 //! Events on standard error, or among the lines of `--live` while that has the terminal.
 
-use crate::output::Form;
+use crate::output::{self, Form};
 use crate::scene::Scene;
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
-use std::env;
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::panic;
 use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
-use tracing_subscriber::filter::LevelFilter;
+use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::filter::{LevelFilter, filter_fn};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
 
-/// Starts the log. `times`: each event has its time, because the command runs for days. `json`: an
-/// event is an object, and so is a panic.
-pub(crate) fn start(verbose: u8, least: LevelFilter, times: bool, json: bool) {
-    let level = match verbose {
+/// The choice and the form of events.
+#[derive(Debug)]
+pub(crate) struct Events {
+    pub(crate) verbose: u8,
+    /// The level of events without --verbose.
+    pub(crate) least: LevelFilter,
+    /// True if each event has its time, because the command runs for days.
+    pub(crate) times: bool,
+    /// True if an event is an object, and so is a panic.
+    pub(crate) json: bool,
+    /// True if sources fail on purpose, so that their failures are no errors.
+    pub(crate) injects_failures: bool,
+}
+
+/// Starts the log.
+pub(crate) fn start(events: &Events) {
+    let &Events { least, times, json, injects_failures, .. } = events;
+    let level = match events.verbose {
         0 => least,
         1 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
@@ -27,16 +42,25 @@ pub(crate) fn start(verbose: u8, least: LevelFilter, times: bool, json: bool) {
     let log = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(|| Log)
-        .with_ansi(io::stderr().is_terminal() && may_color())
+        .with_ansi(io::stderr().is_terminal() && output::may_color())
         .with_target(false);
     if json {
         panic::set_hook(Box::new(|panic| defect(Form::Json, &panic.to_string())));
     }
     match (json, times) {
-        (true, _) => log.event_format(Objects { times }).init(),
-        (false, true) => log.init(),
-        (false, false) => log.without_time().init(),
+        (true, _) => init(log.event_format(Objects { times }).finish(), injects_failures),
+        (false, true) => init(log.finish(), injects_failures),
+        (false, false) => init(log.without_time().finish(), injects_failures),
     }
+}
+
+/// Takes the events, except for errors of sources that fail on purpose.
+fn init<S: Subscriber + Send + Sync + for<'a> LookupSpan<'a>>(log: S, injects_failures: bool) {
+    let is_wanted = move |event: &Metadata<'_>| {
+        let is_of_source = *event.level() == Level::ERROR && event.fields().field("failure").is_some();
+        !(injects_failures && is_of_source)
+    };
+    log.with(filter_fn(is_wanted)).init();
 }
 
 /// Events as JSON objects: the level, the message, and the fields.
@@ -125,16 +149,6 @@ pub(crate) fn time() -> String {
     let mut time = String::new();
     let _ = SystemTime.format_time(&mut Writer::new(&mut time));
     time
-}
-
-/// True if the terminal ignores escape sequences.
-pub(crate) fn is_dumb() -> bool {
-    env::var_os("TERM").is_none_or(|terminal| terminal.is_empty() || terminal == "dumb")
-}
-
-/// True if the user accepts colours: see <https://no-color.org>.
-fn may_color() -> bool {
-    !is_dumb() && env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
 }
 
 /// Shows events in the scene from now on, if standard error is a terminal. `None` ends that.

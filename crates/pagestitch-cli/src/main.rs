@@ -11,7 +11,7 @@
 //! | commands | `bench`, `demo`, `docs`, `probe`, `serve`, `stitch`, `stress` |
 //! | pictures | `live`, `heatmap` |
 //! | messages | `log`, `scene` |
-//! | helpers | `density`, `files`, `usage`, `output`, `part`, `size`, `touch` |
+//! | helpers | `density`, `files`, `number`, `output`, `part`, `size`, `terms`, `touch`, `usage` |
 
 mod bench;
 mod demo;
@@ -30,11 +30,14 @@ mod serve;
 mod size;
 mod stitch;
 mod stress;
+mod terms;
 mod touch;
 mod usage;
 
 use clap::error::ErrorKind;
-use clap::{ArgAction, CommandFactory, Parser, Subcommand};
+use clap::{ArgAction, ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand};
+use files::OfFile;
+use log::Events;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use output::Form;
 use serde_json::json;
@@ -92,7 +95,7 @@ enum Command {
 
 fn main() -> ExitCode {
     pagestitch_bench::guest::run_as_guest_if_requested();
-    let arguments = match Arguments::try_parse() {
+    let arguments = match parse() {
         Ok(arguments) => arguments,
         Err(error) => return refuse(&error),
     };
@@ -101,11 +104,14 @@ fn main() -> ExitCode {
         Arguments { quiet: true, .. } => Form::Quiet,
         _ => Form::Text,
     };
-    // A stress test makes thousands of pages fail.
-    let quiet = form == Form::Quiet || matches!(arguments.command, Command::Stress(_));
-    let serves = matches!(arguments.command, Command::Serve(_));
-    let least = if quiet { LevelFilter::ERROR } else { LevelFilter::WARN };
-    log::start(arguments.verbose, least, serves, form == Form::Json);
+    let quiet = form == Form::Quiet || arguments.command.tells_failures();
+    log::start(&Events {
+        verbose: arguments.verbose,
+        least: if quiet { LevelFilter::ERROR } else { LevelFilter::WARN },
+        times: matches!(arguments.command, Command::Serve(_)),
+        json: form == Form::Json,
+        injects_failures: matches!(arguments.command, Command::Stress(_)),
+    });
     raise_descriptor_limit();
     match run(arguments.command, form) {
         Ok(()) => ExitCode::SUCCESS,
@@ -114,6 +120,24 @@ fn main() -> ExitCode {
         Err(error) => {
             let status = if error.is::<Usage>() { WRONG } else { 1 };
             fail(&reason(error.as_ref()), kind_of(error.as_ref()), status, form)
+        }
+    }
+}
+
+fn parse() -> Result<Arguments, clap::Error> {
+    let colors = if output::may_color() { ColorChoice::Auto } else { ColorChoice::Never };
+    let matches = Arguments::command().color(colors).try_get_matches()?;
+    Arguments::from_arg_matches(&matches)
+}
+
+impl Command {
+    /// True if the command itself tells each failure of a page, or expects it, so that an event about it
+    /// would be the second telling.
+    const fn tells_failures(&self) -> bool {
+        match self {
+            Self::Stitch(options) => !options.touches(),
+            Self::Stress(_) => true,
+            _ => false,
         }
     }
 }
@@ -157,7 +181,13 @@ fn refuse(error: &clap::Error) -> ExitCode {
 /// this command, so the text begins without it. Other modules name the file in their errors, so an
 /// error of the system alone is of standard output.
 fn reason(error: &(dyn Error + 'static)) -> String {
-    let text = error.to_string();
+    if let Some(OfFile { path, error }) = error.downcast_ref() {
+        return format!("{}: {}", path.display(), reason(error.as_ref()));
+    }
+    let text = match error.downcast_ref::<pagestitch::Error>() {
+        Some(error) => terms::of_command(&error.to_string()),
+        None => error.to_string(),
+    };
     let alone = error.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error().is_some());
     let of = |region| text.strip_prefix(&format!("region {region}: "));
     match (of(stitch::REGION), of(demo::REGION)) {
@@ -190,6 +220,9 @@ fn fail(reason: &str, kind: Option<pagestitch::ErrorKind>, status: u8, form: For
 
 /// The kind of an error of the library, by which a script can branch.
 fn kind_of(error: &(dyn Error + 'static)) -> Option<pagestitch::ErrorKind> {
+    if let Some(OfFile { error, .. }) = error.downcast_ref() {
+        return kind_of(error.as_ref());
+    }
     match error.downcast_ref::<pagestitch_firecracker::Error>() {
         Some(pagestitch_firecracker::Error::Memory(error)) => Some(error.kind()),
         Some(_) => None,
@@ -214,3 +247,35 @@ const WRONG: u8 = 2;
 const STATUS: &str = "Exit status: 0 after success, 1 after a failure, 2 after wrong arguments";
 /// The heading of the options that every command has.
 const OUTPUT: &str = "Output";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Command;
+
+    /// The errors of each option of a command and its subcommands, for the value `x`.
+    fn refusals(command: &Command, path: &[&str], said: &mut Vec<(String, String)>) {
+        for option in command.get_arguments().filter_map(clap::Arg::get_long) {
+            let option = format!("--{option}");
+            let arguments = [path, &[&option, "x"]].concat();
+            if let Err(error) = Arguments::command().try_get_matches_from(&arguments) {
+                said.push((arguments.join(" "), error.to_string()));
+            }
+        }
+        for below in command.get_subcommands() {
+            refusals(below, &[path, &[below.get_name()]].concat(), said);
+        }
+    }
+
+    #[test]
+    fn each_number_of_the_command_has_an_error_with_a_remedy() {
+        let mut said = Vec::new();
+        refusals(&Arguments::command(), &["pagestitch"], &mut said);
+        for number in ["stitch --seed x", "demo --seed x", "bench --seed x", "bench --shards x"] {
+            assert!(said.iter().any(|(arguments, _)| arguments.ends_with(number)), "{number}: {said:?}");
+        }
+        for (arguments, error) in said {
+            assert!(!error.contains("digit found"), "{arguments}: {error}");
+        }
+    }
+}

@@ -25,6 +25,18 @@ pub(crate) fn width() -> usize {
     asked.or_else(|| Table::new().width()).unwrap_or(WIDTH_OF_A_FILE).into()
 }
 
+/// True if the terminal ignores escape sequences.
+pub(crate) fn is_dumb() -> bool {
+    env::var_os("TERM").is_none_or(|terminal| terminal.is_empty() || terminal == "dumb")
+}
+
+/// True if the user accepts colours, wherever a terminal shows them: see <https://no-color.org> and
+/// <https://bixense.com/clicolors>.
+pub(crate) fn may_color() -> bool {
+    let refuses = env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty());
+    !is_dumb() && !refuses && env::var_os("CLICOLOR").is_none_or(|set| set != "0")
+}
+
 /// A table of left-aligned columns, as wide as the output.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();

@@ -1,8 +1,9 @@
 //! `pagestitch stitch`: parts of files as one contiguous region.
 
-use crate::files::{self, Output, is_stdin, is_stdout, refuse_input};
+use crate::files::{self, OfFile, Output, is_stdin, is_stdout, refuse_input};
 use crate::heatmap;
 use crate::live::{self, Live};
+use crate::number;
 use crate::output::{Form, Progress, bytes, count, hexadecimal, nanoseconds, workers};
 use crate::part::Part;
 use crate::scene::Scene;
@@ -14,7 +15,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use hdrhistogram::Histogram;
 use pagestitch::source::{FileSource, Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{
-    Access, BestServer, Budget, BudgetMetrics, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion,
+    Access, BestServer, Budget, BudgetMetrics, Chunk, ErrorKind, Metrics, Plan, Pool, Recording, Region,
+    SharedRegion, Source,
 };
 use pagestitch_bench::timed;
 use pagestitch_bench::touch::touches;
@@ -25,6 +27,7 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::fs;
 use std::io::{self, Read, Write, stdout};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::exit;
 
@@ -55,7 +58,7 @@ pub(crate) struct Options {
     /// with -
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// The number of handler threads [default: one per CPU, at most 8]
+    /// The number of handler threads [default: one per CPU, at most 32]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = workers())]
     workers: Option<usize>,
     /// Write the order of the first touches by --touch. Needs --copy, because a touch of a mapped
@@ -76,7 +79,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE.svg")]
     heatmap: Option<PathBuf>,
     /// Decides a random order
-    #[arg(long, allow_negative_numbers = true, default_value_t = 1)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1, value_parser = number::any)]
     seed: u64,
 }
 
@@ -105,7 +108,7 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     if form == Form::Text && server.pool().is_none() {
         writeln!(io::stderr(), "{server}")?;
     }
-    let budget = options.memory.map(Budget::bytes).transpose()?;
+    let budget = options.memory.map(Budget::bytes).transpose().map_err(refused)?;
     let (build_ns, region) = timed(|| build(options, budget.as_ref(), &server));
     let region = region?;
     let output = options.output.as_deref().map(Output::open).transpose()?;
@@ -162,6 +165,11 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
 }
 
 impl Options {
+    /// True if pages are touched. A touch of a page that cannot be filled ends the process.
+    pub(crate) const fn touches(&self) -> bool {
+        self.touch.is_some()
+    }
+
     /// True if standard output carries the bytes of the region.
     fn to_stdout(&self) -> bool {
         self.output.as_deref().is_some_and(is_stdout)
@@ -188,6 +196,14 @@ fn memory(text: &str) -> Result<u64, String> {
     size::parse(text).ok_or_else(unusable)
 }
 
+/// An option whose value the library refuses is a wrong argument, unless a larger machine would take it.
+fn refused(error: pagestitch::Error) -> Box<dyn Error> {
+    match (error.kind(), error.limit()) {
+        (ErrorKind::InvalidOption, None) => Usage(error.to_string()).into(),
+        _ => error.into(),
+    }
+}
+
 fn build(
     options: &Options,
     budget: Option<&Budget>,
@@ -200,6 +216,7 @@ fn build(
             Some(chunk) => chunk.clone(),
             None => files.entry(&part.path).or_insert(open(&part.path, options.copy)?).clone(),
         };
+        check_end(part)?;
         builder = builder.chunk(match &part.range {
             Some(range) => chunk.range(range.clone()),
             None => chunk,
@@ -217,8 +234,34 @@ fn build(
     if options.live {
         builder = builder.record_latency();
     }
-    Ok(builder.build_shared(server)?)
+    builder.build_shared(server).map_err(|error| match &options.replay {
+        Some(path) if error.kind() == ErrorKind::InvalidRecording => {
+            OfFile { path: path.clone(), error: error.into() }.into()
+        }
+        _ => error.into(),
+    })
 }
+
+/// Refuses a file that has fewer bytes than its length, as those of sysfs. Such a file has no blocks, as a
+/// sparse one.
+fn check_end(part: &Part) -> Result<(), Box<dyn Error>> {
+    let path = &part.path;
+    if is_stdin(path) || !fs::metadata(path).is_ok_and(|file| file.is_file() && file.blocks() == 0) {
+        return Ok(());
+    }
+    let file = FileSource::open(path)?;
+    let end = part.range.as_ref().map_or_else(|| file.size(), |range| range.end);
+    match end.checked_sub(1).map(|last| file.read_at(last, &mut [0])) {
+        Some(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof && end <= file.size() => {
+            let path = path.display();
+            Err(format!("{path} has fewer bytes than its length, as files of sysfs: {OMIT_OR_SEND}").into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The remedy for a file without a length.
+const OMIT_OR_SEND: &str = "omit this part, or send it to standard input as the part -";
 
 /// Opens a file as a chunk, which is mapped if possible, unless `copy` is set.
 fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
@@ -227,12 +270,9 @@ fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
     }
     // The source of a file reports its defects by name, and also reads block devices.
     let read = FileSource::open(path)?;
-    if pagestitch::Source::size(&read) == 0 {
+    if read.size() == 0 {
         let path = path.display();
-        let reason = format!(
-            "{path} is empty, or has no length, as files of /proc: omit this part, or send it to standard input as the part -"
-        );
-        return Err(reason.into());
+        return Err(format!("{path} is empty, or has no length, as files of /proc: {OMIT_OR_SEND}").into());
     }
     if copy || !fs::metadata(path).is_ok_and(|file| file.is_file()) {
         return Ok(read.into());

@@ -1,8 +1,16 @@
 //! The reasons for which a handler cannot start or go on.
 
 use nix::errno::Errno;
+use std::fmt::Display;
 use std::io;
 use std::path::PathBuf;
+
+/// `1` and `byte` as `1 byte`, `2` and `byte` as `2 bytes`.
+pub(crate) fn counted(number: &impl Display, one: &str) -> String {
+    let number = number.to_string();
+    let plural = if number == "1" { "" } else { "s" };
+    format!("{number} {one}{plural}")
+}
 
 /// The reason for which a handler cannot start or go on. `Display` is a line for a person.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +55,8 @@ pub enum Error {
     BadExtents(PathBuf),
     /// A diff and its base differ in length.
     #[error(
-        "{path} has {bytes} bytes and its base {base}: name a diff of this base, which has the same length"
+        "{path} has {} and its base {base}: name a diff of this base, which has the same length",
+        counted(.bytes, "byte")
     )]
     LengthMismatch {
         /// The diff.
@@ -59,7 +68,8 @@ pub enum Error {
     },
     /// The length of a memory file is not a whole number of pages.
     #[error(
-        "{path} has {bytes} bytes, which is not a whole number of pages: name a memory file that is not truncated"
+        "{path} has {}, which is not a whole number of pages: name a memory file that is not truncated",
+        counted(.bytes, "byte")
     )]
     NotPageAligned {
         /// The file.
@@ -69,7 +79,8 @@ pub enum Error {
     },
     /// The recording to replay is of other memory.
     #[error(
-        "the recording is of {recorded} bytes of memory, but the memory file has {bytes}: record a guest of this snapshot"
+        "the recording is of {} of memory, but the memory file has {bytes}: record a guest of this snapshot",
+        counted(.recorded, "byte")
     )]
     RecordingMismatch {
         /// The bytes of the recorded memory.

@@ -12,6 +12,7 @@
 //! | from 1.7 | `page_size_kib`, in bytes in spite of its name |
 //! | from 1.12 | `page_size`, in bytes, beside it |
 
+use crate::error::counted;
 use pagestitch_kernel::fd_passing::Received;
 use serde::Deserialize;
 use std::fmt;
@@ -65,7 +66,9 @@ pub enum HandshakeError {
     TooLong,
     /// The client closed the connection too early.
     #[error(
-        "closed the connection after {bytes} bytes and {fds} descriptors: expected a JSON array and one userfaultfd"
+        "closed the connection after {} and {}: expected a JSON array and one userfaultfd",
+        counted(.bytes, "byte"),
+        counted(.fds, "descriptor")
     )]
     Closed {
         /// The number of bytes that came.
@@ -75,7 +78,7 @@ pub enum HandshakeError {
     },
     /// The client sent no complete handshake within this time. Holds the number of bytes and of
     /// descriptors that came.
-    #[error("sent no complete handshake within {0:?}: {bytes} bytes and {fds} descriptors came", bytes = .1, fds = .2)]
+    #[error("sent no complete handshake within {0:?}: {bytes} and {fds} came", bytes = counted(.1, "byte"), fds = counted(.2, "descriptor"))]
     TimedOut(Duration, usize, usize),
     /// The client sent several descriptors.
     #[error("sent {0} descriptors: expected one, the userfaultfd")]
@@ -109,7 +112,8 @@ pub enum HandshakeError {
     },
     /// The mappings and the memory file differ in length.
     #[error(
-        "has {guest} bytes of memory, but the memory file has {file}: name the memory file of this guest's snapshot"
+        "has {} of memory, but the memory file has {file}: name the memory file of this guest's snapshot",
+        counted(.guest, "byte")
     )]
     Size {
         /// The bytes of the guest.

@@ -275,9 +275,9 @@ const FEATURES: &[FeatureRow] = feature_rows! {
     "SIGBUS" SIGBUS "4.14" "filling a page in the thread that touched it" "the server Inline is refused: use a pool";
     "THREAD_ID" THREAD_ID "4.14" "naming the thread that waits" "reports of faults do not name the waiting thread";
     "PAGEFAULT_FLAG_WP" WRITE_PROTECT "5.7" "letting writers into adopted memory that its owner has protected" "nothing: without it, no owner can protect its memory";
-    "MINOR_HUGETLBFS" MINOR_HUGETLBFS "5.13" "sharing huge pages that are filled later" "huge pages that are filled later cannot be shared";
+    "MINOR_HUGETLBFS" MINOR_HUGETLBFS "5.13" "sharing huge pages that are filled later; not used for regions yet" "nothing yet";
     "MINOR_SHMEM" MINOR_SHMEM "5.14" "sharing memfd pages that are filled later" "a memfd that is filled later (LazyMemfd) is refused";
-    "EXACT_ADDRESS" EXACT_ADDRESS "5.18" "the byte that was touched, not its page" "faults name the page, not the byte";
+    "EXACT_ADDRESS" EXACT_ADDRESS "5.18" "the byte that was touched, not its page; not used yet" "nothing yet";
     "WP_HUGETLBFS_SHMEM" WRITE_PROTECT_SHMEM "5.19" "the same for memfds and huge pages; not used for regions yet" "nothing yet";
     "WP_UNPOPULATED" WRITE_PROTECT_UNPOPULATED "6.4" "a part of WP_ASYNC, which implies it" "see WP_ASYNC";
     "POISON" POISON "6.6" "SIGBUS for a page whose source failed" "an empty memfd is mapped over it: one more mapping a run of pages";

@@ -14,7 +14,7 @@ mod figures;
 mod lines;
 mod systemd;
 
-use crate::files;
+use crate::files::{self, OfFile};
 use crate::heatmap;
 use crate::live::Live;
 use crate::number;
@@ -95,7 +95,7 @@ pub(crate) struct Options {
     /// Each process that can connect can read the figures
     #[arg(long, value_name = "ADDRESS", value_parser = exporter::address)]
     metrics: Option<SocketAddr>,
-    /// The number of handler threads [default: one per CPU, at most 8]
+    /// The number of handler threads [default: one per CPU, at most 32]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = workers())]
     workers: Option<usize>,
     /// The seconds within which a client must send its handshake
@@ -208,7 +208,15 @@ fn open(options: &Options) -> Result<(Handler, SnapshotSize), Box<dyn Error>> {
         .on_stop(options.on_stop.into())
         .readahead(if options.no_readahead { Readahead::None } else { Readahead::Adaptive })
         .handshake_timeout(Duration::from_secs(options.handshake_timeout.into()));
-    Ok((endpoint.open(builder)?, opened))
+    let handler = endpoint.open(builder).map_err(|error| -> Box<dyn Error> {
+        match (&options.replay, &error) {
+            (Some(path), pagestitch_firecracker::Error::RecordingMismatch { .. }) => {
+                OfFile { path: path.clone(), error: error.into() }.into()
+            }
+            _ => error.into(),
+        }
+    })?;
+    Ok((handler, opened))
 }
 
 /// The guests that are served, and the lines about them.

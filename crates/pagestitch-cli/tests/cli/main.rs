@@ -462,6 +462,8 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
         (stitch(&["--record", "new", "--copy"]), "--touch"),
         (stitch(&["--memory", "64M"]), "--copy"),
         (stitch(&["--memory", "much", "--copy"]), "it is no number of bytes: write 4096"),
+        (stitch(&["--memory", "1", "--copy"]), "a budget of 1 byte is too small: give it "),
+        (stitch(&["--seed", "x"]), "say a number from 0 to 18446744073709551615"),
         (stitch(&["-o", "./a"]), "the output ./a is the part a, which writing would destroy"),
         (stitch(&["--heatmap", "./a"]), "the map ./a is the part a, which writing would destroy"),
         (stitch(&["--copy", "--touch", "random", "--record", "a"]), "the recording a is the part a, which"),
@@ -512,7 +514,10 @@ fn start_on_terminal(
     let size = nix::pty::Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
     let nix::pty::OpenptyResult { master, slave } = nix::pty::openpty(&size, None).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
-    command.current_dir(directory).args(arguments).env("TERM", "xterm-256color").env_remove("NO_COLOR");
+    command.current_dir(directory).args(arguments).env("TERM", "xterm-256color");
+    for setting in ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE"] {
+        command.env_remove(setting);
+    }
     command.envs(environment.iter().copied()).stdin(slave.try_clone().unwrap());
     command.stdout(slave.try_clone().unwrap()).stderr(slave);
     // After this, the child holds the only other descriptors of the terminal. A read fails with EIO
@@ -532,6 +537,17 @@ fn verbose_has_colours_on_a_terminal_unless_refused() {
     assert!(shown(&[("NO_COLOR", "")]), "only a value counts");
     assert!(!shown(&[("NO_COLOR", "1")]));
     assert!(!shown(&[("TERM", "dumb")]));
+    assert!(!shown(&[("CLICOLOR", "0")]));
+    assert!(shown(&[("CLICOLOR", "1")]));
+    for (refusal, colored) in
+        [(("CLICOLOR", "0"), false), (("NO_COLOR", "1"), false), (("CLICOLOR", "1"), true)]
+    {
+        let (_, help) = on_terminal(directory.path(), &["--help"], &[refusal]);
+        assert_eq!(help.contains('\x1b'), colored, "{refusal:?}: {help:?}");
+        let (_, picture) = on_terminal(directory.path(), &["stitch", "a", "--copy", "--live"], &[refusal]);
+        let green = ["\x1b[32", "\x1b[38;5;2"].iter().any(|green| picture.contains(green));
+        assert_eq!(green, colored, "{refusal:?}: {picture:?}");
+    }
 }
 
 #[test]
@@ -674,7 +690,7 @@ fn a_stitch_without_userfaultfd_says_so_and_has_the_right_bytes() {
     }
     let record = ["stitch", "a", "--copy", "--touch", "random", "--record", "r"];
     let said = error_line(&without_userfaultfd(directory.path(), &[&record[..], &["--quiet"]].concat()), 1);
-    assert!(said.contains("leave out record()"), "{said}");
+    assert!(said.contains("leave out --record, or let this process use userfaultfd"), "{said}");
 }
 
 #[test]
@@ -728,7 +744,8 @@ fn first_touches_are_recorded_and_replayed() {
     assert!(second["faults"].as_u64().unwrap() <= 100);
     let said =
         error_line(&pagestitch(directory.path(), &["stitch", "--copy", "a", "--replay", "touches"]), 1);
-    assert!(said.contains("the recording is of a region of 819200 bytes"), "{said}");
+    assert!(said.contains("touches: the recording is of a region of 819200 bytes"), "{said}");
+    assert!(!said.contains("stitched"), "{said}");
     let said = error_line(&pagestitch(directory.path(), &["stitch", "a", "--record", "touches"]), 2);
     assert!(said.contains("--copy"), "{said}");
 }
@@ -742,4 +759,12 @@ fn a_second_of_stress_passes_and_prints_counters() {
     let parts =
         ["locked", "locked_skipped", "splits", "donated_rotations", "hugetlb_parts", "hugetlb_parts_skipped"];
     assert!(parts.into_iter().chain(["stopped", "shards"]).all(counted), "{said}");
+    // In this round, sources do not take bytes back.
+    for form in [&[][..], &["--json"], &["-v"]] {
+        let round = ["stress", "--seconds", "1", "--seed", "7", "--round", "3"];
+        let output = pagestitch(Path::new("/"), &[&round[..], form].concat());
+        out(&output);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!said.contains("ERROR") && !said.contains("\"error\""), "{said}");
+    }
 }

@@ -1,8 +1,9 @@
 //! Inputs that the command refuses: the line names the thing and the remedy, and nothing is lost.
 
 use super::{error_line, files, out, pagestitch, start_on_terminal};
+use pagestitch_testkit::wait::until;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -24,6 +25,53 @@ fn a_file_without_a_length_is_refused_with_the_remedy() {
         assert!(said.contains(expected) && said.lines().count() == 1, "{arguments:?}: {said}");
         assert!(output.stdout.is_empty(), "the command announces nothing before it looks at the file");
     }
+}
+
+#[test]
+fn a_file_with_fewer_bytes_than_its_length_is_refused_with_the_remedy() {
+    let directory = files();
+    let sysfs = "/sys/kernel/mm/transparent_hugepage/enabled";
+    if !Path::new(sysfs).exists() {
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED a_file_with_fewer_bytes_than_its_length_is_refused_with_the_remedy: no huge pages"
+        );
+        return;
+    }
+    let refused =
+        format!("pagestitch: {sysfs} has fewer bytes than its length, as files of sysfs: omit this");
+    for more in [&[][..], &["--copy"], &["--copy", "--touch", "random"]] {
+        let said = error_line(&pagestitch(directory.path(), &[&["stitch", "a", sysfs], more].concat()), 1);
+        assert!(said.starts_with(&refused) && said.contains("standard input as the part -"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+    // Its bytes are available.
+    let part = format!("{sysfs}:0+5");
+    let piped = pagestitch(directory.path(), &["stitch", &part, "-o", "-"]);
+    assert_eq!(piped.stdout, fs::read(sysfs).unwrap()[..5]);
+    let said = error_line(&pagestitch(directory.path(), &["demo", "--file", sysfs]), 1);
+    assert!(said.contains("as files of sysfs have: name another file"), "{said}");
+}
+
+#[test]
+fn a_page_that_cannot_be_read_is_told_once() {
+    let directory = files();
+    let big = File::create(directory.path().join("big")).unwrap();
+    big.set_len(64 << 20).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
+    let command = command.args(["stitch", "big", "a", "-", "--copy"]).current_dir(directory.path());
+    let mut child = command.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // The command opens its parts in order, and reads the standard input to its end: the first part has its
+    // length when the second one is open.
+    let opened = || {
+        let files = fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap();
+        files.flatten().any(|file| fs::read_link(file.path()).is_ok_and(|path| path.ends_with("a")))
+    };
+    until("the second part is opened", opened);
+    big.set_len(4096).unwrap();
+    child.stdin.take().unwrap().write_all(b"the end").unwrap();
+    let said = error_line(&child.wait_with_output().unwrap(), 1);
+    assert!(said.starts_with("pagestitch: part 1 (big)") && said.lines().count() == 1, "{said}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::api::PrefetchHandle;
 use crate::error::Failure;
-use crate::error::{BuildOption, Error, ErrorKind};
+use crate::error::{BuildOption, Bytes, Error, ErrorKind};
 use crate::fault::{PrefetchJob, let_write};
 use crate::metrics::{Meter, Metrics};
 use crate::policy::{FillRate, RateLimit, Recording};
@@ -596,8 +596,8 @@ impl AnyRegion {
             Some(end) if start <= end && end <= len => Ok(start..end),
             _ => {
                 let end = end.map_or_else(|| String::from("2^64"), |end| end.to_string());
-                let what =
-                    format!("bytes {start}..{end} are not inside region {} of {len} bytes", self.name());
+                let (name, len) = (self.name(), Bytes(len));
+                let what = format!("bytes {start}..{end} are not inside region {name} of {len}");
                 Err(Error::new(ErrorKind::OutOfRange, what))
             }
         }

@@ -16,7 +16,7 @@ use crate::api::nesting::Below;
 use crate::api::options::Options;
 use crate::api::reserve_on_memfd;
 use crate::api::userfaultfds;
-use crate::error::{BuildOption, Error, ErrorKind};
+use crate::error::{BuildOption, Bytes, Error, ErrorKind};
 use crate::policy::{Blocks, Policy, Readahead};
 use crate::reclaim::{Budget, Evicted, Membership, evictable};
 use crate::serve::ForkedChildren;
@@ -182,7 +182,8 @@ fn check_capacity(options: &Options, layout: &Layout) -> Result<(), Error> {
     if capacity >= least {
         return Ok(());
     }
-    let what = format!("a capacity of {capacity} bytes is too little: ask for capacity({least}) or more");
+    let capacity = Bytes(capacity);
+    let what = format!("a capacity of {capacity} is too little: ask for capacity({least}) or more");
     Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Capacity))
 }
 

@@ -1,7 +1,7 @@
 //! The errors of `read_at`, `write_at` and `populate` where the kernel does not copy or read the bytes of a region.
 
 use crate::api::AnyRegion;
-use crate::error::{Error, ErrorKind, FailureReason};
+use crate::error::{Bytes, Error, ErrorKind, FailureReason};
 use crate::source::{Backing, Shared};
 use crate::space::layout::Piece;
 use nix::sys::statvfs::fstatvfs;
@@ -67,7 +67,7 @@ fn why_not(piece: &Piece<'_>) -> Option<(String, io::Error)> {
     let (source, expected) = (piece.backing.source().name(), piece.offset + piece.bytes);
     let metadata = file.metadata().ok()?;
     if metadata.len() < expected {
-        let why = format!("{source} is shorter than it was: {} bytes", metadata.len());
+        let why = format!("{source} is shorter than it was: {}", Bytes(metadata.len()));
         return Some((why.clone(), FailureReason::Truncated.error(why)));
     }
     let page = PageSize::system().bytes();

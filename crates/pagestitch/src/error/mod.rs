@@ -1,12 +1,14 @@
 //! The error type of the library: a kind to match on, details to act on, and one line that names the
 //! thing and the remedy.
 
+mod bytes;
 mod convert;
 mod failure;
 mod kind;
 mod option;
 mod reason;
 
+pub(crate) use bytes::Bytes;
 pub use failure::Failure;
 pub use kind::ErrorKind;
 pub use option::BuildOption;
@@ -256,7 +258,8 @@ impl Error {
         self.details.chunk
     }
 
-    /// The limit that is reached: for [`ErrorKind::LimitReached`].
+    /// The limit that is reached: for [`ErrorKind::LimitReached`]. For [`ErrorKind::InvalidOption`], the limit
+    /// of the machine or the process that the value exceeds.
     #[must_use]
     pub fn limit(&self) -> Option<Limit> {
         self.details.limit

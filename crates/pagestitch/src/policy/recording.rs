@@ -10,7 +10,7 @@
 //!         the number of pages, if more than one
 //! ```
 
-use crate::error::{BuildOption, Error, ErrorKind};
+use crate::error::{BuildOption, Bytes, Error, ErrorKind};
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::replace::{can_replace, replace};
 use pagestitch_kernel::{Errno, Page, PageSize, Span};
@@ -166,8 +166,10 @@ impl Recording {
             return Ok(());
         }
         let what = format!(
-            "the recording is of a region of {} bytes in pages of {}, but this region has {bytes} bytes in pages of {page}: record it anew",
-            self.bytes, self.page
+            "the recording is of a region of {} in pages of {}, but this region has {} in pages of {page}: record it anew",
+            Bytes(self.bytes),
+            self.page,
+            Bytes(bytes)
         );
         Err(Error::new(ErrorKind::InvalidRecording, what).of_option(BuildOption::Replay))
     }

@@ -1,6 +1,6 @@
 //! The public handle to a budget.
 
-use crate::error::{BuildOption, Error, ErrorKind};
+use crate::error::{BuildOption, Bytes, Error, ErrorKind};
 use crate::policy::S3Fifo;
 use crate::reclaim::blocks::{BLOCK_PAGES, ahead_max};
 use crate::reclaim::fingerprints::unstable_pages;
@@ -352,13 +352,16 @@ fn check_size(bytes: u64, limit: usize) -> Result<(), Error> {
     let refused = |what| Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Budget));
     if limit < LEAST {
         return refused(format!(
-            "a budget of {bytes} bytes is too small: give it {} bytes or more",
+            "a budget of {} is too small: give it {} bytes or more",
+            Bytes(bytes),
             in_bytes(LEAST)
         ));
     }
     match MemoryLeft::now() {
         Some(left) if left.bytes < bytes => {
-            refused(format!("a budget of {bytes} bytes is more than there is ({}): give it less", left.limit))
+            let what =
+                format!("a budget of {bytes} bytes is more than there is ({}): give it less", left.limit);
+            refused(what).map_err(|error| error.of_limit(left.limit))
         }
         _ => Ok(()),
     }

@@ -11,7 +11,7 @@
 //! No event is taken for a discard of the application: where the kernel reports the dropped pages, they
 //! are claimed, and absent afterwards.
 
-use crate::error::{BuildOption, Error, ErrorKind};
+use crate::error::{BuildOption, Bytes, Error, ErrorKind};
 use crate::fault::callers;
 use crate::serve::contract::Attachment;
 use crate::signals::NoSignals;
@@ -149,7 +149,7 @@ fn check_chunk(
     };
     let (bytes, room) = (chunk.bytes(), range.end - range.start);
     if bytes != room {
-        return refused(format!("has {bytes} bytes, and the range has {room}: give both the same length"));
+        return refused(format!("has {}, and the range has {room}: give both the same length", Bytes(bytes)));
     }
     if matches!(chunk.backing(), Backing::Donated(_)) || chunk.is_filled_later() {
         return refused(String::from(

@@ -2,7 +2,7 @@
 //! and completion queues.
 
 use super::Source;
-use crate::error::FailureReason;
+use crate::error::{Bytes, FailureReason};
 use crossbeam_channel::{Sender, bounded};
 use std::sync::Arc;
 use std::time::Duration;
@@ -139,8 +139,8 @@ impl Reply {
     pub fn answer(mut self, bytes: &[u8]) {
         let wrong = || {
             FailureReason::WrongLength.error(format!(
-                "the source gave {} bytes where {} were requested",
-                bytes.len(),
+                "the source gave {} where {} were requested",
+                Bytes(bytes.len() as u64),
                 self.bytes
             ))
         };

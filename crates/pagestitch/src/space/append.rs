@@ -9,7 +9,7 @@
 //! bytes are open to accesses, so a fault never asks for a page without a chunk. An append adds the
 //! chunk to the layout, opens its pages, and then publishes the new length.
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{Bytes, Error, ErrorKind};
 use crate::source::Backing;
 use crate::space::{Chunk, Growth, Mapping, Piece, Target};
 use pagestitch_kernel::limits::ReserveError;
@@ -39,8 +39,10 @@ impl Mapping {
             Some(end) => Ok(start..end),
             None => {
                 let what = format!(
-                    "{bytes} bytes after its {end} bytes exceed its capacity of {} bytes: build it with a larger capacity()",
-                    growth.capacity
+                    "{} after its {} exceed its capacity of {}: build it with a larger capacity()",
+                    Bytes(bytes),
+                    Bytes(end),
+                    Bytes(growth.capacity)
                 );
                 Err(refused(ErrorKind::TooLarge, what))
             }

@@ -1,7 +1,7 @@
 //! Builds a layout, chunk by chunk. Its tables are plain vectors, because no other thread reads them yet.
 
 use super::{Layout, Origin};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Bytes, Error, ErrorKind};
 use crate::policy::OnFailure;
 use crate::source::{Backing, Hole, Identity};
 use crate::space::Chunk;
@@ -191,8 +191,9 @@ fn check_rest(number: usize, backing: &Backing, range: &Range<u64>, size: u64) -
     }
     if range.end > size {
         return bad(format!(
-            "reaches to byte {} of a source of {size} bytes: end it at or before {size}",
-            range.end
+            "reaches to byte {} of a source of {}: end it at or before {size}",
+            range.end,
+            Bytes(size)
         ));
     }
     match backing {

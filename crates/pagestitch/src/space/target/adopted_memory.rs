@@ -4,7 +4,7 @@
 use super::foreign::{Foreign, ForeignRange};
 use super::listed::ListedUffd;
 use super::owner::{OnDiscard, OnUnavailable};
-use crate::error::{BuildOption, Error, ErrorKind};
+use crate::error::{BuildOption, Bytes, Error, ErrorKind};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::process::Process;
@@ -146,7 +146,8 @@ impl AdoptedMemory {
         let page =
             PageSize::new(bytes).filter(|page| (PageSize::system().bytes()..=HUGE).contains(&page.bytes()));
         self.page = page.ok_or_else(|| {
-            let what = format!("pages of {bytes} bytes: serve pages of {} or 2 MiB", PageSize::system());
+            let (page, least) = (Bytes(bytes as u64), PageSize::system());
+            let what = format!("pages of {page}: serve pages of {least} or 2 MiB");
             Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::PageSize)
         })?;
         Ok(self)
@@ -185,7 +186,8 @@ impl AdoptedMemory {
         let total = self.page.offset_of(Page(pages));
         if total != bytes {
             let what = format!(
-                "the chunks hold {bytes} bytes and the memory's ranges {total}: lay chunks for exactly its ranges"
+                "the chunks hold {} and the memory's ranges {total}: lay chunks for exactly its ranges",
+                Bytes(bytes)
             );
             return Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Range));
         }
