@@ -45,9 +45,14 @@ fn metrics_count_guests_while_they_are_served_and_after_they_have_ended() {
     assert_eq!((value(&page, "guests"), value(&page, "snapshot_bytes")), (0.0, (PAGES * PAGE) as f64));
     let guest = guest.spawn(folder.path().join("socket"));
     wait::until("the guest has touched its pages", || ready.exists());
+    // A guest, and a page, are counted a moment after its thread runs on.
+    let touched = PAGES.div_ceil(50) as f64;
+    let is_counted = |page: &str| {
+        value(page, "guests_restored_total") == 1.0
+            && value(page, "fault_seconds_count{part=\"fill\"}") >= touched
+    };
+    wait::until("the guest is counted", || is_counted(&scrape(address)));
     let page = scrape(address);
-    // A page is counted a moment after its thread runs on.
-    let touched = PAGES.div_ceil(50) as f64 - 1.0;
     assert_eq!((value(&page, "guests"), value(&page, "guests_restored_total")), (1.0, 1.0));
     assert!(value(&page, "faults_total") >= touched, "{page}");
     assert!(value(&page, "fault_seconds_count{part=\"fill\"}") >= touched, "{page}");
