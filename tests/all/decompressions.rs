@@ -2,7 +2,7 @@
 //! byte of it that is read.
 
 use crate::PAGE;
-use pagestitch::source::Cached;
+use pagestitch::source::{Cached, Fetch, FileSource, Reply};
 use pagestitch::{Builder, Chunk, Pool, Readahead, Region, Source};
 use std::collections::BTreeSet;
 use std::io;
@@ -171,6 +171,75 @@ fn blocks_with_padding_behind_them_are_decompressed_once() {
         region.populate(..).unwrap();
         assert!(blocks.iter().all(|block| block.decompressions() == 1));
     }
+}
+
+/// So many bytes `byte`, in units of 64 KiB.
+struct Units(u64, u8);
+
+impl Source for Units {
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    fn read_at(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+        into.fill(self.1);
+        Ok(())
+    }
+
+    fn granularity(&self) -> u64 {
+        BLOCK as u64
+    }
+}
+
+impl Fetch for Units {
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    fn fetch(&self, _: u64, reply: Reply) {
+        // A request for less than a page is a second one for the same bytes.
+        assert!(reply.len() >= PAGE, "{} bytes", reply.len());
+        let bytes = vec![self.1; reply.len()];
+        reply.answer(&bytes);
+    }
+
+    fn granularity(&self) -> u64 {
+        BLOCK as u64
+    }
+}
+
+/// A chunk that ends with a page says nothing of the next page, which ends another chunk.
+#[test]
+fn a_chunk_that_ends_inside_a_page_has_its_bytes_whatever_is_before_it() {
+    let file = || {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [1; 4 * PAGE]).unwrap();
+        Chunk::from(Arc::new(FileSource::open(file.path()).unwrap()))
+    };
+    let units = |bytes, byte| Chunk::source(Arc::new(Units(bytes, byte)));
+    for before in [file(), units(4 * PAGE as u64, 1)] {
+        for builder in [Region::builder(), Region::builder().page_aligned()] {
+            let builder = builder.chunk(before.clone()).chunk(units(100, 2));
+            let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
+            region.populate(..).unwrap();
+            let mut read = [0; 100];
+            region.read_at(4 * PAGE as u64, &mut read).unwrap();
+            assert_eq!(read, [2; 100]);
+        }
+    }
+    let region = Region::builder().chunk(units(5 * PAGE as u64 + 700, 1));
+    let mut region = region.build(&Pool::new().unwrap()).unwrap();
+    region.replace(5 * PAGE as u64..5 * PAGE as u64 + 700, vec![9u8; 700]).unwrap();
+    region.populate(..).unwrap();
+    assert!(region[5 * PAGE..] == [9; 700] && region[..5 * PAGE].iter().all(|&byte| byte == 1));
+}
+
+/// A reply has whole pages, so the last page of the chunk is not fetched with the others.
+#[test]
+fn a_fetch_of_a_chunk_that_ends_inside_a_page_is_one_request() {
+    let chunk = Chunk::fetch(Arc::new(Units(5 * PAGE as u64 + 700, 7)));
+    let region = Region::builder().chunk(chunk).build(&Pool::new().unwrap()).unwrap();
+    assert!(region[..5 * PAGE].iter().all(|&byte| byte == 7));
 }
 
 const BLOCK: usize = 64 << 10;

@@ -103,7 +103,7 @@ impl<T: Send + Sync> Writer<'_, T> {
         let old = place.swap(Box::into_raw(Box::new(value)), Ordering::SeqCst);
         let ended = epoch.fetch_add(1, Ordering::SeqCst);
         while readers[ended % 2].iter().any(|readers| readers.load(Ordering::SeqCst) > 0) {
-            // A reader in a signal handler does not block, so this takes microseconds.
+            // A reader in a signal handler takes microseconds, or the time of a write to a file.
             yield_now();
         }
         if !old.is_null() {

@@ -114,6 +114,7 @@ impl AnyRegion {
     fn last_flush(&self, not_written: &mut dyn FnMut(Span, &Error)) -> Result<(), Error> {
         match self.served.flushes.as_deref() {
             Some(flushes) if !flushes.is_ended.swap(true, Ordering::Relaxed) => {
+                self.served.written_back().into_iter().for_each(WrittenBack::end);
                 self.write_and_sync(flushes, self.span(..)?, not_written)
             }
             _ => Ok(()),

@@ -152,7 +152,8 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
         | Backing::Shared(_)
         | Backing::Mapped(_) => {
             let buffers = (staging, block);
-            let is_tail = whole < span.pages && region.ends_unit(Page(span.first.0 + whole));
+            let is_cut = piece.bytes % page.bytes() as u64 != 0;
+            let is_tail = is_cut && whole < span.pages && region.ends_unit(Page(span.first.0 + whole));
             let most = (whole + usize::from(is_tail)) as u64 * page.bytes() as u64;
             let most = most.min(layout.read_length(offsets.start, buffers.0.len() as u64));
             read_pages(&piece, page, most as usize, buffers)

@@ -51,7 +51,7 @@ pub enum PlanReason {
     NoMappings,
     /// The kernel does not move donated pages without unmapping them (Linux 5.7).
     NoMoves,
-    /// The file system does not map files.
+    /// The kernel does not map the file.
     UnmappableFile,
     /// No huge page is left for writes to the source (`vm.nr_hugepages`).
     NoHugePages,
@@ -111,7 +111,7 @@ impl fmt::Display for PlanReason {
             Self::NoMappings => "no mapping is left for it (vm.max_map_count): copied",
             Self::NoMoves => "donated pages cannot be moved without unmapping them (Linux 5.7): copied",
             Self::UnmappableFile => {
-                "its file system does not map files, or not this one (FUSE with direct_io, sysfs): copied"
+                "the kernel does not map this file (FUSE with direct_io, sysfs, sealed against writes): copied"
             }
             Self::NoHugePages => "no huge pages are left for writes to it (vm.nr_hugepages): copied",
             Self::MovesOnTouch => "donated: its pages move in when they are touched",

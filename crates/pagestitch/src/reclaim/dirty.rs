@@ -26,7 +26,7 @@
 
 use pagestitch_kernel::arena::{Arena, ArenaError};
 use pagestitch_kernel::atomic_table::AtomicTable;
-use pagestitch_kernel::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use pagestitch_kernel::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use pagestitch_kernel::sync::{EventCount, Mutex};
 use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
@@ -51,6 +51,8 @@ pub(super) struct DirtyPages {
     /// The pages of a flush, while it copies them. Locked by each flush.
     pub(super) snapshots: Mutex<Arena>,
     pub(super) backoff: Backoff,
+    /// True from the last flush on.
+    is_ending: AtomicBool,
 }
 
 impl DirtyPages {
@@ -65,6 +67,7 @@ impl DirtyPages {
             unsynced: bits(chunks)?,
             snapshots: Mutex::new(Arena::new(at_once)?),
             backoff: Backoff::new(),
+            is_ending: AtomicBool::new(false),
         })
     }
 
@@ -101,6 +104,15 @@ impl DirtyPages {
             self.unmark(page);
         }
         is_dirty
+    }
+
+    /// The last flush begins, and the region ends after it. Signal handlers leave dirty pages alone from now on.
+    pub(super) fn end(&self) {
+        self.is_ending.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        self.is_ending.load(Ordering::SeqCst)
     }
 
     /// The first page of a span that is dirty, or is being written back.

@@ -242,7 +242,7 @@ impl Share {
         if stay {
             return (self.keep(&mut part, standby, slot), 0);
         }
-        let moved = self.move_run(&mut part, standby, slot, writer);
+        let moved = self.move_run(region, &mut part, (standby, slot), writer);
         (moved.max(1), moved)
     }
 
@@ -252,7 +252,8 @@ impl Share {
         let pauses = dirty.backoff.pauses();
         let stays = |step: usize| {
             let page = Page(span.first.0 + step);
-            dirty.writing.get(page.0) || dirty.is_dirty(page) && (pauses || writer.refuses(region, page))
+            dirty.writing.get(page.0)
+                || dirty.is_dirty(page) && (pauses || writer.refuses(region, dirty, page))
         };
         let (first, mut alike) = (stays(0), 1);
         // Not an iterator, because a signal handler has a small stack.
@@ -276,9 +277,9 @@ impl Share {
     /// is 0, the first page is done. `writer` gets the dirty ones, if the region has any.
     fn move_run(
         &self,
+        region: &Mapping,
         claim: &mut Claim<'_>,
-        standby: &Standby,
-        slot: usize,
+        (standby, slot): (&Standby, usize),
         writer: &mut Writer<'_, '_>,
     ) -> usize {
         let Standby { arena, slots } = standby;
@@ -296,7 +297,7 @@ impl Share {
         };
         self.note_moved(standby, span.prefix(moved), slot, writer);
         if let Writer::Handler(writes) = writer {
-            self.write_moved(standby, span.prefix(moved), slot, writes);
+            self.write_moved(region, standby, (span.prefix(moved), slot), writes);
         }
         self.pages_left(moved);
         count(&self.state.tally.evictions, moved);

@@ -6,7 +6,7 @@
 //! * **No lock** that the interrupted thread may hold. The right to choose is only tried for. Each thread
 //!   with that right has blocked signals and touches no region, so no handler runs above it.
 //! * **No wait for the interrupted thread.** Pages that are claimed are passed over, and so is a region that
-//!   ends. A wait for another thread's right to choose ends after some tries; the page is an overrun then.
+//!   ends. A page whose file has refused it goes back, after a wait for other threads alone. A wait for another thread's right to choose ends after some tries; the page is an overrun then.
 //! * **No allocation.** Queues, ghosts, slots and places have their memory since the budget or the region
 //!   was made. A region is entered by its gate, so that its last reference is never dropped here.
 //! * **No code of a source.** Written pages go to [files](super::write_in_handler) alone. Other pages, and those of
@@ -20,7 +20,7 @@ use crate::reclaim::share::{Quiet, Share, State, TRIES};
 use crate::reclaim::slots::Emptying;
 use crate::reclaim::state::{BATCH, Chooser, Standby, member_of, page_of};
 use crate::reclaim::write_back::Writer;
-use crate::reclaim::write_in_handler::{Few, HandlerWrites};
+use crate::reclaim::write_in_handler::HandlerWrites;
 use crate::space::Mapping;
 use pagestitch_kernel::Span;
 use pagestitch_kernel::sync::atomic::Ordering;
@@ -74,7 +74,7 @@ impl State {
     #[inline(never)]
     fn free_a_page(&self) {
         let (mut in_vain, mut waits) = (0, 0);
-        while self.is_full() {
+        while self.is_full() && self.handlers_write() {
             let has_thread = self.evictor.requests().is_some();
             if in_vain == if has_thread { 1 } else { TRIES }
                 || waits == if has_thread { YIELDS } else { WAITS }
@@ -104,10 +104,20 @@ impl State {
         let mut chosen = self.choose_few(chooser, need, &mut keys);
         let is_empty = self.empty_chosen(&chosen);
         let has_left = self.take_away_chosen(&keys, &mut chosen);
-        if let Some(slot) = chosen.slot.filter(|_| chosen.refused != 0) {
-            self.put_refused_back(&keys, slot, chosen.refused);
+        if let Some(writes) = &chosen.writes {
+            self.end_writes(&keys, writes);
         }
         is_empty | has_left
+    }
+
+    /// Leaves pages to the thread of the budget that this one could not write.
+    fn end_writes(&self, keys: &[PageKey; FEW], writes: &HandlerWrites) {
+        if writes.refused != 0 {
+            self.put_refused_back(keys, writes);
+        }
+        if let Some(requests) = self.evictor.requests().filter(|_| writes.has_left_some()) {
+            requests.ask();
+        }
     }
 
     /// Frees the memory of chosen slots. False if there are none.
@@ -125,22 +135,21 @@ impl State {
             self.drop_run(keys[0], block_at(keys[0]));
         }
         let victims = &keys[..chosen.victims];
-        let left = match chosen.slot {
-            Some(slot) => self.move_few(victims, slot, &mut chosen.refused),
+        let left = match &mut chosen.writes {
+            Some(writes) => self.move_few(victims, writes) - writes.refused.count_ones() as usize,
             None => self.drop_few(victims),
         };
         chosen.is_block || left > 0
     }
 
-    /// Moves pages to slots, from `slot` on. Returns the number of those that have moved.
-    fn move_few(&self, victims: &[PageKey], slot: usize, refused: &mut Few) -> usize {
+    /// Moves pages to slots. Returns the number of those that have moved.
+    fn move_few(&self, victims: &[PageKey], writes: &mut HandlerWrites) -> usize {
         let (mut done, mut left) = (0, 0);
         while done < victims.len() {
             let run = leading_run(&victims[done..]);
-            let now = self.move_run(victims[done], run, slot + done);
-            *refused |= now.refused << done;
-            done += now.done;
-            left += now.left;
+            let (now, gone) = self.move_run(victims[done], run, writes.first_slot + done, writes);
+            done += now;
+            left += gone;
         }
         left
     }
@@ -164,7 +173,7 @@ impl State {
         keys: &mut [PageKey; FEW],
     ) -> Chosen {
         chooser.take_note(&self.arrivals);
-        let mut chosen = Chosen { emptied: None, is_block: false, slot: None, victims: 0, refused: 0 };
+        let mut chosen = Chosen { emptied: None, is_block: false, writes: None, victims: 0 };
         let mut block = chooser.blocks.victim();
         if block.is_none() {
             let standby = match need {
@@ -184,7 +193,7 @@ impl State {
                     let (slot, taken) = standby.slots.take_in_a_row(&mut chooser.ends, FEW);
                     chosen.victims = chooser.victims_to_move(&mut keys[..taken]).len();
                     standby.skip(slot + chosen.victims, taken - chosen.victims);
-                    chosen.slot = Some(slot);
+                    chosen.writes = Some(HandlerWrites::new(slot));
                 }
                 _ => chosen.victims = chooser.victims_to_drop(keys).len(),
             }
@@ -198,19 +207,20 @@ impl State {
         chosen
     }
 
-    /// Moves the first pages of a run to slots.
+    /// Moves the first pages of a run to slots. Returns the number of pages that are done, and that of those
+    /// that have moved.
     #[inline(always)] // a signal handler has a small stack
-    fn move_run(&self, first: PageKey, run: Span, slot: usize) -> Moved {
-        let none = Moved { done: run.pages, left: 0, refused: 0 };
-        let Some(standby) = &self.standby else { return none };
+    fn move_run(&self, first: PageKey, run: Span, slot: usize, writes: &mut HandlerWrites) -> (usize, usize) {
+        let Some(standby) = &self.standby else { return (run.pages, 0) };
         let mut moved = None;
-        let mut work =
-            |share: &Share, region: &Mapping| moved = Some(share.move_first(region, standby, run, slot));
+        let mut work = |share: &Share, region: &Mapping| {
+            moved = Some(share.move_first(region, standby, (run, slot), writes))
+        };
         self.enter_region(last_of(first, run), &mut work);
         moved.unwrap_or_else(|| {
             // The region ends, and its pages with it.
             standby.skip(slot, run.pages);
-            none
+            (run.pages, 0)
         })
     }
 
@@ -243,19 +253,22 @@ impl State {
 }
 
 impl Share {
-    /// Moves the first pages of a run to slots, and writes the dirty ones.
-    fn move_first(&self, region: &Mapping, standby: &Standby, run: Span, slot: usize) -> Moved {
-        let (quiet, mut writes) = (Quiet(region), HandlerWrites::new(region));
+    /// Moves the first pages of a run to slots, and writes the dirty ones. Returns the number of pages that are
+    /// done, and that of those that have moved.
+    fn move_first(
+        &self,
+        region: &Mapping,
+        standby: &Standby,
+        (run, slot): (Span, usize),
+        writes: &mut HandlerWrites,
+    ) -> (usize, usize) {
+        let quiet = Quiet(region);
         match region.pages.claim_present(run, &quiet) {
-            Ok(claim) => {
-                let mut writer = Writer::Handler(&mut writes);
-                let (done, left) = self.move_leading(region, claim, standby, slot, &mut writer);
-                Moved { done, left, refused: writes.refused }
-            }
+            Ok(claim) => self.move_leading(region, claim, standby, slot, &mut Writer::Handler(writes)),
             Err(state) => {
                 standby.slots.skip(slot);
                 self.forget_absent(region, run.first, state);
-                Moved { done: 1, left: 0, refused: 0 }
+                (1, 0)
             }
         }
     }
@@ -276,19 +289,9 @@ struct Chosen {
     emptied: Option<Emptying>,
     /// True for a whole block in the place of single pages.
     is_block: bool,
-    /// The first slot for the pages. `None`: they are dropped.
-    slot: Option<usize>,
+    /// The slots for the pages, and the writes of the dirty ones. `None`: the pages are dropped.
+    writes: Option<HandlerWrites>,
     victims: usize,
-    /// The victims that are in their slots, and whose bytes no file has taken.
-    refused: Few,
-}
-
-/// The first pages of a run, which were to move.
-struct Moved {
-    done: usize,
-    /// Those that have left their region.
-    left: usize,
-    refused: Few,
 }
 
 const fn last_of(first: PageKey, run: Span) -> PageKey {

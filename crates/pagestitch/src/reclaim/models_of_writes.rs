@@ -317,8 +317,9 @@ fn a_handler_that_writes_pages_loses_no_write() {
     }
 }
 
+type Eviction = fn(&Written);
 /// Each way in which a page leaves, with and without a failure.
-const EVICTIONS: [(bool, fn(&Written)); 4] = [
+const EVICTIONS: [(bool, Eviction); 4] = [
     (false, Written::evict),
     (true, Written::evict),
     (false, Written::evict_in_handler),

@@ -59,7 +59,7 @@ pub(crate) struct Membership(Arc<Share>);
 pub(crate) struct Evicted {
     /// Signal handlers fill its pages, and take pages of any region of the budget away.
     pub(crate) in_handlers: bool,
-    /// Written pages go back to their sources, which run code that no signal handler may run.
+    /// Written pages go back to their sources, of which some run code that no signal handler may run.
     pub(crate) written_back: bool,
 }
 
@@ -335,6 +335,10 @@ impl WrittenBack for Membership {
     fn flush(&self, span: Span, failed: &mut dyn FnMut(Page, Failure)) {
         let Some(dirty) = &self.0.dirty else { return };
         self.0.enter(&mut |region| self.0.flush(region, dirty, span, failed));
+    }
+
+    fn end(&self) {
+        self.0.dirty.iter().for_each(DirtyPages::end);
     }
 
     fn take_unsynced(&self, chunk: usize) -> bool {

@@ -41,7 +41,7 @@ pub(super) struct State<S> {
     /// Pages that signal handlers may fill above the limit, because nothing could leave.
     pub(super) permits: AtomicUsize,
     pub(super) writes: Writes,
-    /// Evicts pages for signal handlers, where written pages go back.
+    /// Evicts pages that signal handlers must not write.
     pub(super) evictor: Evictor,
     /// Buffers of threads that write pages back: one for each that has done so at the same time.
     pub(super) buffers: Mutex<Vec<BatchBuffer>>,

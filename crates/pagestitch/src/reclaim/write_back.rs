@@ -6,7 +6,7 @@ use crate::reclaim::places::Place;
 use crate::reclaim::share::{Quiet, Share, State};
 use crate::reclaim::soft_fault::Return;
 use crate::reclaim::state::{BATCH, BatchBuffer, Standby, count, key_of};
-use crate::reclaim::write_in_handler::{HandlerWrites, is_in_files};
+use crate::reclaim::write_in_handler::HandlerWrites;
 use crate::source::{ask_writer, write_all};
 use crate::space::Mapping;
 use crate::space::page_table::{PageState, Wake};
@@ -19,15 +19,15 @@ pub(super) enum Writer<'w, 's> {
     /// Together, once they are not claimed any more.
     Batch(&'w mut Batch<'s>),
     /// At once, in a signal handler.
-    Handler(&'w mut HandlerWrites<'s>),
+    Handler(&'w mut HandlerWrites),
 }
 
 impl Writer<'_, '_> {
     /// True if the bytes of a dirty page cannot be written.
-    pub(super) fn refuses(&self, region: &Mapping, page: Page) -> bool {
+    pub(super) fn refuses(&self, region: &Mapping, dirty: &DirtyPages, page: Page) -> bool {
         match self {
             Self::Batch(_) => has_padding(region, page),
-            Self::Handler(_) => !is_in_files(region, page),
+            Self::Handler(writes) => writes.refuses(region, dirty, page),
         }
     }
 }
@@ -211,32 +211,41 @@ impl Share {
 
     /// A page could not be written: it goes back to its region, and is dirty.
     #[cold]
-    pub(super) fn put_back(
+    fn put_back(&self, region: &Mapping, dirty: &DirtyPages, standby: &Standby, page: Page, slot: usize) {
+        while !self.try_to_put_back(region, dirty, standby, page, slot) {
+            // The thread with the claim may wait for room, and thus for this write.
+            self.state.writes.pages_done();
+            thread::yield_now();
+        }
+    }
+
+    /// As [`put_back`](Self::put_back). False if another thread has the claim of the page, or changes the map.
+    #[cold]
+    pub(super) fn try_to_put_back(
         &self,
         region: &Mapping,
         dirty: &DirtyPages,
         standby: &Standby,
         page: Page,
         slot: usize,
-    ) {
-        let quiet = Quiet(region);
-        let range = region.target.addresses(page.span());
-        let key = key_of(self.member, page);
-        while standby.slots.is_modified(slot, key) || standby.slots.is_returning(slot, key) {
-            // A touch brings it back otherwise.
-            if let Ok(mut claim) = region.pages.claim(page, &quiet) {
-                let back = self.bring_back(page, slot, range, region.uffd.of(range), true);
-                if back == Return::Unmapped {
-                    self.forget_unmapped(dirty, page, slot);
-                }
-                claim.settle(1, if back == Return::Done { PageState::Present } else { PageState::Absent });
-                // A thread may have faulted before the claim.
-                quiet.wake(page.span());
-            }
-            // The thread with the claim may wait for room, and thus for this write.
-            self.state.writes.pages_done();
-            thread::yield_now();
+    ) -> bool {
+        let (quiet, key) = (Quiet(region), key_of(self.member, page));
+        let waits = || standby.slots.is_modified(slot, key) || standby.slots.is_returning(slot, key);
+        if !waits() {
+            return true;
         }
+        // A touch brings it back otherwise.
+        if let Ok(mut claim) = region.pages.claim(page, &quiet) {
+            let range = region.target.addresses(page.span());
+            let back = self.bring_back(page, slot, range, region.uffd.of(range), true);
+            if back == Return::Unmapped {
+                self.forget_unmapped(dirty, page, slot);
+            }
+            claim.settle(1, if back == Return::Done { PageState::Present } else { PageState::Absent });
+            // A thread may have faulted before the claim.
+            quiet.wake(page.span());
+        }
+        !waits()
     }
 
     /// The application has unmapped a claimed page, so that its bytes have no place any more.

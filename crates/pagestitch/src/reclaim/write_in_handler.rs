@@ -12,21 +12,37 @@ use crate::reclaim::share::{Share, State};
 use crate::reclaim::state::{Standby, count, key_of, page_of};
 use crate::space::Mapping;
 use pagestitch_kernel::file_write::has_bytes;
+use pagestitch_kernel::sync::yield_now;
 use pagestitch_kernel::{Page, PageSize, Span};
+use std::cell::Cell;
 
 /// Some of a few pages, as bits: the first page is bit 0.
 pub(super) type Few = u32;
 
-/// The writes of a handler for a run of pages that it evicts.
-pub(super) struct HandlerWrites<'r> {
-    region: &'r Mapping,
+/// The writes of a handler for a few pages, which it moves to slots that follow each other.
+pub(super) struct HandlerWrites {
+    pub(super) first_slot: usize,
     /// The pages whose bytes no file has taken.
     pub(super) refused: Few,
+    /// True if a dirty page stays, because the handler must not write it.
+    has_left_some: Cell<bool>,
 }
 
-impl<'r> HandlerWrites<'r> {
-    pub(super) const fn new(region: &'r Mapping) -> Self {
-        Self { region, refused: 0 }
+impl HandlerWrites {
+    pub(super) const fn new(first_slot: usize) -> Self {
+        Self { first_slot, refused: 0, has_left_some: Cell::new(false) }
+    }
+
+    pub(super) const fn has_left_some(&self) -> bool {
+        self.has_left_some.get()
+    }
+
+    /// True for a page that the handler must not write, because it has bytes of another source than a file, or its
+    /// region ends. The caller has the claim of the page.
+    pub(super) fn refuses(&self, region: &Mapping, dirty: &DirtyPages, page: Page) -> bool {
+        let refuses = dirty.is_ending() || !is_in_files(region, page);
+        self.has_left_some.set(self.has_left_some.get() || refuses);
+        refuses
     }
 }
 
@@ -36,49 +52,75 @@ impl State {
         self.writes.failing() == 0
     }
 
-    /// Puts pages back whose bytes no file has taken, from a slot and the next ones. The thread of the budget
+    /// Puts pages back whose bytes no file has taken. The thread of the budget
     /// writes them once more, and tells of the failure.
+    ///
+    /// The region has not ended: its last flush waits for the mark of a page that is being written, and handlers
+    /// move no dirty page afterwards. No thread that this one has interrupted has the claim of such a page,
+    /// because the handler had it a moment ago. A thread that has it may wait for one that ends another region, and
+    /// so the handler leaves the table of the regions after each attempt.
     #[cold]
     #[inline(never)] // a signal handler has a small stack
-    pub(super) fn put_refused_back(&self, keys: &[PageKey], slot: usize, refused: Few) {
+    pub(super) fn put_refused_back(&self, keys: &[PageKey], writes: &HandlerWrites) {
         count(&self.tally.write_failures, 1);
-        for (step, &key) in keys.iter().enumerate().filter(|(step, _)| refused >> step & 1 != 0) {
-            let mut put =
-                |share: &Share, region: &Mapping| share.put_refused_back(region, page_of(key), slot + step);
-            self.enter_region(key, &mut put);
-            self.evictor.requests().iter().for_each(|requests| requests.write(key));
+        for (step, &key) in keys.iter().enumerate() {
+            if writes.refused >> step & 1 == 0 {
+                continue;
+            }
+            let mut is_back = false;
+            while !is_back {
+                is_back = true;
+                let mut put = |share: &Share, region: &Mapping| {
+                    is_back = share.try_to_put_refused_back(region, page_of(key), writes.first_slot + step);
+                };
+                self.enter_region(key, &mut put);
+                if !is_back {
+                    // The thread with the claim may wait for room, and thus for this write.
+                    self.writes.pages_done();
+                    yield_now();
+                }
+            }
+            if let Some(requests) = self.evictor.requests() {
+                requests.write(key);
+            }
         }
     }
 }
 
 impl Share {
     #[inline(never)] // a signal handler has a small stack
-    fn put_refused_back(&self, region: &Mapping, page: Page, slot: usize) {
-        // A region does not end before the mark of the page does, because it is flushed before.
-        if let (Some(dirty), Some(standby)) = (&self.dirty, &self.state.standby) {
-            self.put_back(region, dirty, standby, page, slot);
+    fn try_to_put_refused_back(&self, region: &Mapping, page: Page, slot: usize) -> bool {
+        let (Some(dirty), Some(standby)) = (&self.dirty, &self.state.standby) else { return true };
+        let is_back = self.try_to_put_back(region, dirty, standby, page, slot);
+        if is_back {
             self.end_writing(dirty, page.span());
         }
+        is_back
     }
 
     /// Writes the dirty ones of claimed pages that have moved to slots, from `slot` on: they are clean then.
     #[inline(never)] // a signal handler has a small stack
     pub(super) fn write_moved(
         &self,
+        region: &Mapping,
         standby: &Standby,
-        span: Span,
-        slot: usize,
-        writes: &mut HandlerWrites<'_>,
+        (span, slot): (Span, usize),
+        writes: &mut HandlerWrites,
     ) {
         let Some(dirty) = &self.dirty else { return };
-        let mut done = 0;
+        let (mut done, mut at_once) = (0, span.pages);
         while done < span.pages {
-            let pages = self.leading_modified(standby, span.without_prefix(done), slot + done);
-            let run = Span { first: Page(span.first.0 + done), pages };
-            if pages > 0 && !self.write_slots(writes.region, dirty, standby, run, slot + done) {
-                writes.refused |= (Few::MAX >> (Few::BITS as usize - pages)) << done;
+            let rest = span.without_prefix(done).prefix(at_once);
+            let run = rest.prefix(self.leading_modified(standby, rest, slot + done));
+            if !run.is_empty() && !self.write_slots(region, dirty, standby, run, slot + done) {
+                if run.pages > 1 {
+                    // One by one, because the file may take some of them.
+                    at_once = 1;
+                    continue;
+                }
+                writes.refused |= 1 << (slot + done - writes.first_slot);
             }
-            done += pages.max(1);
+            done += run.pages.max(1);
         }
     }
 
@@ -109,6 +151,7 @@ impl Share {
         let is_written = write_pieces(region, dirty, standby, run, slot);
         if is_written {
             for (step, page) in run.iter().enumerate() {
+                // False if a handler of this thread has brought the page back beside the claim: it is dirty then.
                 standby.slots.written(slot + step, key_of(self.member, page));
                 dirty.writing.clear(page.0);
             }
@@ -142,8 +185,8 @@ fn write_pieces(region: &Mapping, dirty: &DirtyPages, standby: &Standby, run: Sp
     true
 }
 
-/// True if a handler can write all bytes of a page.
-pub(super) fn is_in_files(region: &Mapping, page: Page) -> bool {
+/// True if files take all bytes of a page.
+fn is_in_files(region: &Mapping, page: Page) -> bool {
     let offsets = region.page_size().offsets(page.span());
     let (mut at, end) = (offsets.start, offsets.end.min(region.len()));
     while at < end {

@@ -419,7 +419,9 @@ impl Mapping {
         }
         let offsets = self.page_size().offsets(page.span());
         let chunk = self.layout.locate(offsets.start);
-        self.layout.offsets_of(chunk).end < offsets.end
+        // A fetch replies with whole pages.
+        !matches!(self.layout.backing_of(chunk), Backing::Fetched(_))
+            && self.layout.offsets_of(chunk).end < offsets.end
             && self.layout.is_free_after(chunk, offsets.end)
             && self.layout.read_unit(offsets.start).is_some()
     }

@@ -107,6 +107,9 @@ pub(crate) trait WrittenBack {
     /// stay dirty.
     fn flush(&self, span: Span, failed: &mut dyn FnMut(Page, Failure));
 
+    /// The next flush is the last one, and the region ends after it.
+    fn end(&self);
+
     /// True if the source of a chunk, by its number, was written since the last call.
     fn take_unsynced(&self, chunk: usize) -> bool;
 }
