@@ -53,10 +53,10 @@ impl State {
             return;
         }
         if self.handlers_write() {
-            if let Some(chooser) = self.try_choose() {
-                if self.take_away_few(chooser, Need::Later) {
-                    return;
-                }
+            // Another thread has pages leave otherwise.
+            let Some(chooser) = self.try_choose() else { return };
+            if self.take_away_few(chooser, Need::Later) {
+                return;
             }
         }
         if let Some(requests) = self.evictor.requests() {
@@ -73,12 +73,11 @@ impl State {
     #[cold]
     #[inline(never)]
     fn free_a_page(&self) {
+        let has_thread = self.evictor.requests().is_some();
+        let (most_in_vain, most_waits) = if has_thread { (1, YIELDS) } else { (TRIES, WAITS) };
         let (mut in_vain, mut waits) = (0, 0);
         while self.is_full() && self.handlers_write() {
-            let has_thread = self.evictor.requests().is_some();
-            if in_vain == if has_thread { 1 } else { TRIES }
-                || waits == if has_thread { YIELDS } else { WAITS }
-            {
+            if in_vain == most_in_vain || waits == most_waits {
                 self.permits.fetch_add(usize::from(!has_thread), Ordering::SeqCst);
                 return;
             }

@@ -52,8 +52,8 @@ impl State {
         self.writes.failing() == 0
     }
 
-    /// Puts pages back whose bytes no file has taken. The thread of the budget
-    /// writes them once more, and tells of the failure.
+    /// Puts pages back whose bytes no file has taken. The thread of the budget writes them once more, and tells of
+    /// the failure.
     ///
     /// The region has not ended: its last flush waits for the mark of a page that is being written, and handlers
     /// move no dirty page afterwards. No thread that this one has interrupted has the claim of such a page,
