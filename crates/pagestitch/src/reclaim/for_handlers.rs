@@ -55,6 +55,9 @@ impl State {
                 let now = self.tally.write_backs.load(Ordering::Relaxed);
                 if mem::replace(&mut written, now) != now {
                     (begun, in_vain) = (Instant::now(), requests.in_vain());
+                } else if !is_failing && self.are_leaving() {
+                    // Pages are on their way out, but their thread lacks a CPU.
+                    in_vain = requests.in_vain();
                 } else if !is_failing || self.lowered() > 0 && self.frames() < self.limit {
                     self.permits.fetch_add(1, Ordering::SeqCst);
                     return true;

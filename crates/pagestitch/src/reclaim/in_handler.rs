@@ -53,9 +53,12 @@ impl State {
             return;
         }
         if self.handlers_write() {
-            // Another thread has pages leave otherwise.
-            let Some(chooser) = self.try_choose() else { return };
-            if self.take_away_few(chooser, Need::Later) {
+            if let Some(chooser) = self.try_choose() {
+                if self.take_away_few(chooser, Need::Later) {
+                    return;
+                }
+            } else {
+                // Another thread has pages leave.
                 return;
             }
         }
@@ -83,6 +86,11 @@ impl State {
             }
             match self.try_choose().map(|chooser| self.take_away_few(chooser, Need::Now)) {
                 Some(true) => {}
+                // Slots of other handlers keep older ones from being emptied.
+                Some(false) if self.are_leaving() => {
+                    waits += 1;
+                    pause(waits);
+                }
                 // The last pages may be on their way out.
                 Some(false) => {
                     in_vain += 1;
@@ -100,13 +108,20 @@ impl State {
     #[inline(never)]
     fn take_away_few(&self, chooser: MutexGuard<'_, Chooser>, need: Need) -> bool {
         let mut keys = [0; FEW];
+        self.leaving.fetch_add(1, Ordering::SeqCst);
         let mut chosen = self.choose_few(chooser, need, &mut keys);
         let is_empty = self.empty_chosen(&chosen);
         let has_left = self.take_away_chosen(&keys, &mut chosen);
         if let Some(writes) = &chosen.writes {
             self.end_writes(&keys, writes);
         }
+        self.leaving.fetch_sub(1, Ordering::SeqCst);
         is_empty | has_left
+    }
+
+    /// True if handlers of other threads have pages leave at the moment.
+    pub(super) fn are_leaving(&self) -> bool {
+        self.leaving.load(Ordering::SeqCst) > 0
     }
 
     /// Leaves pages to the thread of the budget that this one could not write.

@@ -40,6 +40,8 @@ pub(super) struct State<S> {
     chooser: Mutex<Chooser>,
     /// Pages that signal handlers may fill above the limit, because nothing could leave.
     pub(super) permits: AtomicUsize,
+    /// The number of signal handlers that have pages leave.
+    pub(super) leaving: AtomicUsize,
     pub(super) writes: Writes,
     /// Evicts pages that signal handlers must not write.
     pub(super) evictor: Evictor,
@@ -117,6 +119,7 @@ impl<S: Send + Sync> State<S> {
                 sampling: Sampling::new(),
             }),
             permits: AtomicUsize::new(0),
+            leaving: AtomicUsize::new(0),
             writes: Writes::default(),
             evictor: Evictor::default(),
             buffers: Mutex::new(Vec::new()),

@@ -150,15 +150,19 @@ impl Share {
         self.state.writes.begin();
         let is_written = write_pieces(region, dirty, standby, run, slot);
         if is_written {
-            for (step, page) in run.iter().enumerate() {
-                // False if a handler of this thread has brought the page back beside the claim: it is dirty then.
-                standby.slots.written(slot + step, key_of(self.member, page));
-                dirty.writing.clear(page.0);
-            }
-            count(&self.state.tally.write_backs, run.pages);
+            self.note_written(dirty, standby, run, slot);
         }
         self.state.writes.end();
         is_written
+    }
+
+    fn note_written(&self, dirty: &DirtyPages, standby: &Standby, run: Span, slot: usize) {
+        for (step, page) in run.iter().enumerate() {
+            // False if a handler of this thread has brought the page back beside the claim: it is dirty then.
+            standby.slots.written(slot + step, key_of(self.member, page));
+            dirty.writing.clear(page.0);
+        }
+        count(&self.state.tally.write_backs, run.pages);
     }
 }
 
