@@ -2,6 +2,7 @@
 
 use crate::reclaim::evictor::Requests;
 use crate::reclaim::share::{State, TRIES};
+use crate::reclaim::state::PATIENCE;
 use pagestitch_kernel::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use std::{mem, thread};
@@ -55,8 +56,8 @@ impl State {
                 let now = self.tally.write_backs.load(Ordering::Relaxed);
                 if mem::replace(&mut written, now) != now {
                     (begun, in_vain) = (Instant::now(), requests.in_vain());
-                } else if !is_failing && self.are_leaving() {
-                    // Pages are on their way out, but their thread lacks a CPU.
+                } else if !is_failing && self.are_leaving() && begun.elapsed() < PATIENCE {
+                    // Pages are on their way out, but their thread lacks a CPU, or waits for a disk.
                     in_vain = requests.in_vain();
                 } else if !is_failing || self.lowered() > 0 && self.frames() < self.limit {
                     self.permits.fetch_add(1, Ordering::SeqCst);
@@ -72,7 +73,5 @@ impl State {
     }
 }
 
-/// The time without a write that succeeds after which a fault without room fails.
-const PATIENCE: Duration = Duration::from_secs(3);
 /// A pause of a handler while sources fail.
 const MOMENT: Duration = Duration::from_millis(5);

@@ -112,10 +112,11 @@ impl State {
         let mut chosen = self.choose_few(chooser, need, &mut keys);
         let is_empty = self.empty_chosen(&chosen);
         let has_left = self.take_away_chosen(&keys, &mut chosen);
+        // Before the wait for a claim, whose thread may wait for room.
+        self.leaving.fetch_sub(1, Ordering::SeqCst);
         if let Some(writes) = &chosen.writes {
             self.end_writes(&keys, writes);
         }
-        self.leaving.fetch_sub(1, Ordering::SeqCst);
         is_empty | has_left
     }
 

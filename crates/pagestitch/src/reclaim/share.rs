@@ -5,7 +5,7 @@ use crate::reclaim::dirty::DirtyPages;
 use crate::reclaim::fingerprints::{Fingerprints, table_pages};
 use crate::reclaim::pins::Pins;
 use crate::reclaim::places::{Place, Places};
-use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, block_key, count, key_of, member_of};
+use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, PATIENCE, block_key, count, key_of, member_of};
 use crate::signals::NoSignals;
 use crate::space::page_table::{Claim, Wake};
 use crate::space::{LeftPages, Mapping, Prepared, Residence, WrittenBack};
@@ -13,8 +13,8 @@ use pagestitch_kernel::arena::ArenaError;
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{AddressRange, Errno, Evictable, Page, Span, Uffd};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
-use std::{fmt, io};
+use std::time::{Duration, Instant};
+use std::{fmt, io, thread};
 
 /// Enters a region for a thread that evicts its pages, and that serves another region perhaps.
 pub(crate) trait EnterRegion: fmt::Debug + Send + Sync {
@@ -414,12 +414,18 @@ fn make_room(state: &State, pages: usize) -> bool {
 /// As [`make_room`], in a budget that is used up.
 #[cold]
 fn free_room(state: &State, pages: usize) -> bool {
+    let began = Instant::now();
     loop {
         let written = state.tally.write_backs.load(Ordering::Relaxed);
         if try_to_free(state, pages) {
             return true;
         }
         if state.writes.failing() == 0 {
+            // A handler of another thread lacks a CPU, or waits for a disk.
+            if state.are_leaving() && began.elapsed() < PATIENCE {
+                thread::sleep(MOMENT);
+                continue;
+            }
             state.overrun(pages);
             return true;
         }
@@ -467,6 +473,8 @@ pub(super) fn without_handlers() -> NoSignals {
     NoSignals::until_dropped()
 }
 
+/// The pause of a thread while handlers of others have pages leave.
+const MOMENT: Duration = Duration::from_micros(500);
 /// How often a thread frees memory before it exceeds the budget.
 pub(super) const TRIES: usize = 32;
 /// The most batches at the end of a journey: those of the pages of a block.

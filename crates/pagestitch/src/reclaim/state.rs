@@ -18,7 +18,7 @@ use pagestitch_kernel::{Errno, Page};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, PoisonError, TryLockError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The state of a budget, shared by its regions, of which each has a share `S`.
 pub(super) struct State<S> {
@@ -348,6 +348,8 @@ pub(super) const fn room_for(limit: usize) -> usize {
     limit + limit / 4 + 64 * BATCH
 }
 
+/// The patience of a fault without room: with sources that take no page back, and with handlers that have pages leave.
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 /// The pages that leave at once.
 pub(super) const BATCH: usize = 64;
 /// Pinned pages have at most this share of a budget.
