@@ -33,7 +33,7 @@ impl HandlerWrites {
         Self { first_slot, refused: 0, has_left_some: Cell::new(false) }
     }
 
-    pub(super) const fn has_left_some(&self) -> bool {
+    pub(super) fn has_left_some(&self) -> bool {
         self.has_left_some.get()
     }
 
