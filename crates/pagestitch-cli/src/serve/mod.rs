@@ -170,8 +170,9 @@ pub(crate) fn run(peer: Peer, form: Form) -> Result<(), Box<dyn Error>> {
     scrapes.map_err(|error| format!("cannot start the thread for --metrics: {error}"))?;
     let shutdown = handler.shutdown_handle();
     let stop = move || {
-        shutdown.shutdown();
+        // First, because the process may have ended a moment after the shutdown.
         systemd::stopping();
+        shutdown.shutdown();
     };
     ctrlc::set_handler(stop.clone())?;
     let scene = Scene::default();

@@ -10,6 +10,7 @@ use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
+use std::time::Duration;
 
 /// Takes the socket that a service manager has passed to this process, if it has passed one.
 pub(super) fn inherited_socket() -> Result<Option<UnixListener>, String> {
@@ -66,9 +67,15 @@ fn send(socket: &OsStr, message: &str) -> io::Result<()> {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
     };
-    let sent = UnixDatagram::unbound()?.send_to_addr(message.as_bytes(), &address)?;
+    let sender = UnixDatagram::unbound()?;
+    // A service manager that reads nothing must not keep the service from its guests.
+    sender.set_write_timeout(Some(PATIENCE))?;
+    let sent = sender.send_to_addr(message.as_bytes(), &address)?;
     if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
+
+/// The longest wait for room in the socket of the service manager.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {
