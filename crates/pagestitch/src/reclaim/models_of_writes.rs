@@ -3,7 +3,7 @@
 use crate::reclaim::dirty::Bits;
 use crate::reclaim::places::{Place, Places};
 use crate::reclaim::slots::{Ends, Frame, Slots};
-use crate::space::page_table::{PageState, PageTable, Wake};
+use crate::space::page_table::{Claim, PageState, PageTable, Wake};
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::sync::model::explore;
 use pagestitch_kernel::sync::{Mutex, yield_now};
@@ -128,28 +128,11 @@ impl Written {
 
     /// As `Share::move_out` and `Share::write_batch`.
     fn evict(&self) {
-        let (slot, taken) = self.slots.take(&mut self.ends.lock().unwrap(), 1);
-        if taken == 0 {
-            return;
-        }
-        let Ok(mut claim) = self.pages.claim_present(PAGE.span(), self) else { return self.slots.skip(slot) };
-        if self.writing.get(0) {
-            self.slots.skip(slot);
-            return claim.settle(1, PageState::Present);
-        }
-        let frame = self.region.swap(0, Ordering::SeqCst) & !PROTECTED;
-        assert_eq!(self.arena[slot].swap(frame, Ordering::SeqCst), 0, "a taken slot is empty");
-        let is_dirty = self.dirty.get(0);
-        if is_dirty {
-            self.begin_writing();
-            self.slots.fill_dirty(slot, 0);
-        } else {
-            self.slots.fill(slot, 0);
-        }
-        self.places.set(PAGE, Place::Slot(slot as u32));
+        let Some((mut claim, slot, is_dirty)) = self.move_out() else { return };
+        let value = self.value_in(slot);
         claim.settle(1, PageState::Absent);
         if is_dirty {
-            match self.write_back(frame - 1) {
+            match self.write_back(value) {
                 true => {
                     self.slots.written(slot, 0);
                 }
@@ -161,14 +144,34 @@ impl Written {
 
     /// As `Share::write_moved`: the file gets the bytes of the slot before another thread can claim the page.
     fn evict_in_handler(&self) {
+        let Some((mut claim, slot, is_dirty)) = self.move_out() else { return };
+        let is_refused = is_dirty && !self.write_back(self.value_in(slot));
+        if is_dirty && !is_refused {
+            assert!(self.slots.written(slot, 0), "no other thread brings a claimed page back");
+            self.writing.clear(0);
+        }
+        claim.settle(1, PageState::Absent);
+        if is_refused {
+            self.put_back(slot);
+            self.writing.clear(0);
+        }
+    }
+
+    /// Moves the page to a slot, and marks it as being written if it is dirty, which the last value tells. It is
+    /// claimed still. `None` if it stays.
+    fn move_out(&self) -> Option<(Claim<'_>, usize, bool)> {
         let (slot, taken) = self.slots.take(&mut self.ends.lock().unwrap(), 1);
         if taken == 0 {
-            return;
+            return None;
         }
-        let Ok(mut claim) = self.pages.claim_present(PAGE.span(), self) else { return self.slots.skip(slot) };
+        let Ok(mut claim) = self.pages.claim_present(PAGE.span(), self) else {
+            self.slots.skip(slot);
+            return None;
+        };
         if self.writing.get(0) {
             self.slots.skip(slot);
-            return claim.settle(1, PageState::Present);
+            claim.settle(1, PageState::Present);
+            return None;
         }
         let frame = self.region.swap(0, Ordering::SeqCst) & !PROTECTED;
         assert_eq!(self.arena[slot].swap(frame, Ordering::SeqCst), 0, "a taken slot is empty");
@@ -180,16 +183,12 @@ impl Written {
             self.slots.fill(slot, 0);
         }
         self.places.set(PAGE, Place::Slot(slot as u32));
-        let is_refused = is_dirty && !self.write_back(self.arena[slot].load(Ordering::SeqCst) - 1);
-        if is_dirty && !is_refused {
-            assert!(self.slots.written(slot, 0), "no other thread brings a claimed page back");
-            self.writing.clear(0);
-        }
-        claim.settle(1, PageState::Absent);
-        if is_refused {
-            self.put_back(slot);
-            self.writing.clear(0);
-        }
+        Some((claim, slot, is_dirty))
+    }
+
+    /// The value of the page in a slot, while the page is claimed.
+    fn value_in(&self, slot: usize) -> usize {
+        self.arena[slot].load(Ordering::SeqCst) - 1
     }
 
     /// As `DirtyPages::begin_writing`.
