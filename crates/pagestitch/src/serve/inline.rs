@@ -47,9 +47,10 @@ use std::{fmt, hint, thread};
 /// * **[Write-back](crate::Builder::write_back)** goes to a [`WritableFile`](crate::source::WritableFile). With a
 ///   budget, the first write to a page that was read is a second fault, and a system call that writes to such a
 ///   page fails with `EFAULT`: use [`write_at`](crate::SharedRegion::write_at). The touch that needs the room writes
-///   a few other pages to the file, into the page cache; beyond `RLIMIT_FSIZE` that is SIGXFSZ, as of `write(2)`. After a failure a thread of the budget (`pagestitch/wb`)
-///   writes them, and a touch without room waits for it. If sources take no bytes back for three seconds, the touch
-///   raises SIGBUS, and [`flush`](crate::AnyRegion::flush) tells the reason.
+///   a few other pages to the file, into the page cache; beyond `RLIMIT_FSIZE` that is SIGXFSZ, as of `write(2)`.
+///   After a failure a thread of the budget (`pagestitch/wb`) writes them, and a touch without room waits for it. If
+///   sources take no bytes back for three seconds, the touch raises SIGBUS, and
+///   [`flush`](crate::AnyRegion::flush) tells the reason.
 /// * **Readahead**: none. A fault fills one page; `populate` pages that are read in any case.
 /// * **SIGBUS handlers** of the application that are installed before the first inline region: our
 ///   handler calls them for the signals of other memory, with the mask that they were installed
