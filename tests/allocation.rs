@@ -51,7 +51,7 @@ static ALLOCATOR: Counting = Counting;
 fn a_worker_allocates_nothing_for_a_fault() {
     // In a process of its own, where no other test allocates.
     child::run(this_test!(), || {
-        let keeps = || serve_all_pages(Region::builder());
+        let keeps = || serve_all_pages(Region::builder().keep_sources());
         let releases = || serve_all_pages(Region::builder().release_sources());
         assert!((0..20).any(|_| keeps()), "faults allocate");
         assert!((0..20).any(|_| releases()), "faults of sources that are released allocate");

@@ -22,7 +22,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 
 fn region(bytes: &[u8], pool: &Pool) -> Region {
-    Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).build(pool).unwrap()
+    Region::builder().chunk(bytes.to_vec()).keep_sources().readahead(Readahead::None).build(pool).unwrap()
 }
 
 /// Maps shared memory at a second address, which the kernel chooses.

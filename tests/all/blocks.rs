@@ -125,7 +125,7 @@ fn a_discarded_block_is_filled_again() {
     for reports in crate::REPORTS {
         let bytes = pattern(5, 3 * BLOCK);
         staging::never_pause();
-        let builder = Region::builder().chunk(bytes.clone()).report_discards(reports);
+        let builder = Region::builder().chunk(bytes.clone()).keep_sources().report_discards(reports);
         let region = builder.build(&Pool::new().unwrap()).unwrap();
         for _ in 0..3 {
             region.populate(..).unwrap();

@@ -17,7 +17,7 @@ fn pool(workers: usize) -> Pool {
 
 /// A region without reports.
 fn region(bytes: &[u8], pool: &Pool) -> Region {
-    Region::builder().chunk(bytes.to_vec()).report_discards(false).build(pool).unwrap()
+    Region::builder().chunk(bytes.to_vec()).keep_sources().report_discards(false).build(pool).unwrap()
 }
 
 /// The only worker is inside a source: with reports, the thread would wait for it.
@@ -45,7 +45,7 @@ fn an_unreported_discard_waits_for_no_worker() {
 fn unreported_discards_are_found_by_each_way_to_the_bytes() {
     let (pool, bytes) = (pool(2), pattern(2, 600 * PAGE));
     // Readahead of one round would fill pages in the next one.
-    let builder = Region::builder().chunk(bytes.clone()).readahead(Readahead::None);
+    let builder = Region::builder().chunk(bytes.clone()).keep_sources().readahead(Readahead::None);
     let region = builder.report_discards(false).build(&pool).unwrap();
     let start = region.as_ptr().expose_provenance().get();
     for round in 0..4 {
@@ -147,7 +147,7 @@ fn unreported_discards_of_a_writable_region_take_only_what_is_discarded() {
 fn a_manual_serves_unreported_discards() {
     let mut manual = Manual::new().unwrap();
     let bytes = pattern(6, 10 * PAGE);
-    let builder = Region::builder().chunk(bytes.clone()).report_discards(false);
+    let builder = Region::builder().chunk(bytes.clone()).keep_sources().report_discards(false);
     let region = builder.build(&manual).unwrap();
     for _ in 0..3 {
         region.populate(..).unwrap();

@@ -481,7 +481,7 @@ fn the_errors_of_pages_name_the_chunk_the_source_and_the_reason() {
     check([(
         released.populate(..).unwrap_err(),
         "region r: chunk 0 (memory), at byte 0 of its source: the page was discarded (MADV_DONTNEED) after its source was released: \
-         leave out release_sources() if pages are discarded",
+         add keep_sources() if pages are discarded",
     )]);
     drop(released);
     let region = filled().build(&pool).unwrap();

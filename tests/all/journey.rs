@@ -74,6 +74,7 @@ fn a_discarded_page_is_filled_again() {
         let bytes = pattern(7, 8 * page());
         let region = Region::builder()
             .chunk(bytes.clone())
+            .keep_sources()
             .report_discards(reports)
             .build(&Pool::new().unwrap())
             .unwrap();
@@ -93,6 +94,7 @@ fn pages_discarded_during_faults_show_their_bytes() {
         let bytes = pattern(8, 64 * page());
         let region = Region::builder()
             .chunk(bytes.clone())
+            .keep_sources()
             .report_discards(reports)
             .build(&Pool::builder().workers(2).start().unwrap())
             .unwrap();

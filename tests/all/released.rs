@@ -4,8 +4,8 @@
 use crate::{PAGE, SIGBUS, SetOnDrop, cannot_inherit, discard, pattern, reason, touch, until};
 use pagestitch::source::{FailureReason, Memory};
 use pagestitch::{
-    BuildOption, Builder, Chunk, Eager, ErrorKind, Inline, OnFailure, Pool, Readahead, Region, Retry,
-    SharedRegion,
+    AnyRegion, Budget, BuildOption, Builder, Chunk, Eager, ErrorKind, Inline, Manual, OnFailure, Pool,
+    Readahead, Region, Retry, SharedRegion,
 };
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
@@ -59,7 +59,7 @@ fn released_sources_leave_one_copy_of_the_bytes() {
     child::run(this_test!(), || {
         let before = anonymous_mib();
         let chunks = (0..64).map(|i| vec![i as u8 + 1; (1 << 20) + i * 100]);
-        let region = Region::builder().chunks(chunks).release_sources().build(&pool()).unwrap();
+        let region = Region::builder().chunks(chunks).build(&pool()).unwrap();
         assert_eq!(region.kept_source_bytes(), region.len() as u64);
         let sources = anonymous_mib() - before;
         region.populate(..).unwrap();
@@ -74,15 +74,102 @@ fn released_sources_leave_one_copy_of_the_bytes() {
 
 #[test]
 #[cfg_attr(sanitized, ignore = "memory of the sanitizer is counted")]
-fn without_the_option_sources_are_kept_and_discarded_pages_filled_again() {
+fn sources_are_kept_on_demand_and_discarded_pages_filled_again() {
     child::run(this_test!(), || {
         let before = anonymous_mib();
-        let region = Region::builder().chunks((0..64).map(|_| vec![7u8; 1 << 20])).build(&pool()).unwrap();
+        let builder = Region::builder().chunks((0..64).map(|_| vec![7u8; 1 << 20]));
+        let region = builder.keep_sources().build(&pool()).unwrap();
         region.populate(..).unwrap();
         assert!(anonymous_mib() - before >= 128);
         assert_eq!(region.kept_source_bytes(), 64 << 20);
         discard(region.as_ptr().addr().get(), region.len());
         assert!(region.as_slice().iter().all(|&byte| byte == 7));
+    })
+    .expect_pass();
+}
+
+/// Two pages in each kind of owned memory.
+fn all_owners(builder: Builder) -> Builder {
+    builder
+        .chunk(vec![7u8; PAGE])
+        .chunk(vec![7u8; PAGE].into_boxed_slice())
+        .chunk(Arc::<[u8]>::from(vec![7u8; PAGE]))
+        .chunk("7".repeat(PAGE))
+        .chunk([7u8; PAGE])
+        .chunk(Memory::new(vec![7u8; PAGE]))
+        .chunk(bytes::Bytes::from(vec![7u8; PAGE]))
+}
+
+#[test]
+fn a_region_that_only_reads_releases_buffers_without_being_asked() {
+    let all = 7 * PAGE as u64;
+    let kept = |region: &AnyRegion| {
+        region.populate(..).unwrap();
+        (region.kept_source_bytes(), region.metrics().bytes_released)
+    };
+    let (server, manual) = (pool(), Manual::new().unwrap());
+    let build = |builder: Builder| all_owners(builder).build(&server).unwrap();
+    assert_eq!(kept(&build(Region::builder())), (2 * PAGE as u64, 5 * PAGE as u64));
+    assert_eq!(kept(&build(Region::builder().report_discards(false))), (2 * PAGE as u64, 5 * PAGE as u64));
+    let by_a_loop = all_owners(Region::builder()).build(&manual).unwrap();
+    assert_eq!(kept(&by_a_loop), (2 * PAGE as u64, 5 * PAGE as u64));
+    assert_eq!(kept(&build(Region::builder().keep_sources().release_sources())), (0, all));
+    // Where an application can have reasons to discard a page, it is filled again.
+    assert_eq!(kept(&build(Region::builder().release_sources().keep_sources())), (all, 0));
+    assert_eq!(kept(&build(Region::builder().writable())), (all, 0));
+    assert_eq!(kept(&build(Region::builder().report_discards(true))), (all, 0));
+    assert_eq!(kept(&build(Region::builder().capacity(1 << 20))), (all, 0));
+    let budget = Budget::bytes(64 << 20).unwrap();
+    assert_eq!(kept(&build(Region::builder().budget(&budget))), (all, 0));
+    let shared = all_owners(Region::builder()).build_shared(&server).unwrap();
+    assert_eq!(kept(&shared), (all, 0));
+    let inline = all_owners(Region::builder()).build(Inline).unwrap();
+    assert_eq!(kept(&inline), (all, 0));
+}
+
+#[test]
+fn bytes_are_replaced_while_sources_are_released() {
+    let (drops, bytes) = (Arc::default(), pattern(12, 8 * PAGE));
+    let chunks = [Owner::chunk(&bytes[..5 * PAGE], &drops), Owner::chunk(&bytes[5 * PAGE..], &drops)];
+    let mut region = builder().chunks(chunks).build(&pool()).unwrap();
+    let mut expected = bytes.clone();
+    region.populate(..PAGE as u64).unwrap();
+    // Before the release: the replaced pages count as missing until they have their new bytes.
+    for (first, end) in [(1, 3), (4, 6)] {
+        region.replace((first * PAGE) as u64..(end * PAGE) as u64, vec![9u8; (end - first) * PAGE]).unwrap();
+        expected[first * PAGE..end * PAGE].fill(9);
+    }
+    assert_eq!(drops.load(Ordering::SeqCst), 0);
+    region.populate(..).unwrap();
+    assert!(drops.load(Ordering::SeqCst) == 2 && region.as_slice() == expected);
+    // After it.
+    region.replace(0..(2 * PAGE) as u64, vec![8u8; 2 * PAGE]).unwrap();
+    region.discard((6 * PAGE) as u64..(7 * PAGE) as u64).unwrap();
+    expected[..2 * PAGE].fill(8);
+    expected[6 * PAGE..7 * PAGE].fill(0);
+    assert!(region.as_slice() == expected);
+    // A replacement is kept: its pages are filled again.
+    discard(region.as_ptr().addr().get(), 2 * PAGE);
+    assert!(region.as_slice() == expected);
+    assert_eq!(region.failures().len(), 0);
+}
+
+/// The kernel drops the pages before a locked one, and those of a released source have no other bytes.
+#[test]
+#[cfg(not(sanitized))]
+fn a_replacement_that_locked_pages_refuse_drops_no_page_of_a_released_source() {
+    child::run(this_test!(), || {
+        let bytes = pattern(13, 8 * PAGE);
+        let mut region = builder().chunk(bytes.clone()).build(&pool()).unwrap();
+        region.populate(..).unwrap();
+        assert_eq!(region.kept_source_bytes(), 0);
+        crate::lock_pages(&region[5 * PAGE..6 * PAGE]);
+        let error = region.replace(..(8 * PAGE) as u64, vec![9u8; 8 * PAGE]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Kernel, "{error}");
+        assert_eq!(region.discard(..).unwrap_err().kind(), ErrorKind::Kernel);
+        assert!(region.as_slice() == bytes && region.failures().is_empty());
+        region.replace(..(5 * PAGE) as u64, vec![9u8; 5 * PAGE]).unwrap();
+        assert!(region[..5 * PAGE].iter().all(|&byte| byte == 9) && region[5 * PAGE..] == bytes[5 * PAGE..]);
     })
     .expect_pass();
 }
@@ -146,7 +233,8 @@ fn each_region_releases_its_own_share_of_a_source() {
     let shared: Arc<[u8]> = pattern(4, 5 * PAGE).into();
     let server = pool();
     let region = |builder: Builder| builder.chunk(Arc::clone(&shared)).build(&server).unwrap();
-    let (first, second, keeping) = (region(builder()), region(builder()), region(Region::builder()));
+    let (first, second, keeping) =
+        (region(builder()), region(builder()), region(Region::builder().keep_sources()));
     let owners = || Arc::strong_count(&shared);
     assert_eq!(owners(), 4);
     first.populate(..).unwrap();

@@ -208,8 +208,6 @@ fn pages_and_chunks_that_cannot_be_replaced_are_refused() {
     let mut shown = build().chunk(memfd(&pattern(1, 2 * PAGE))).build(pool()).unwrap();
     refused(shown.discard(pages(3..5)), ErrorKind::OptionConflict);
     shown.discard(pages(3..4)).unwrap();
-    let mut releasing = build().release_sources().build(pool()).unwrap();
-    refused(releasing.discard(..), ErrorKind::OptionConflict);
     let mut growing = Region::builder().chunk(vec![1u8; PAGE + 1]).capacity(1 << 20).build(pool()).unwrap();
     refused(growing.discard(PAGE as u64..), ErrorKind::OutOfRange);
     growing.discard(pages(0..1)).unwrap();

@@ -141,6 +141,7 @@ fn discards_across_borders_lose_no_byte_while_all_shards_fault() {
         let bytes = pattern(1, SHARDS * BLOCK);
         let builder = Region::builder()
             .chunk(bytes.clone())
+            .keep_sources()
             .shards(SHARDS)
             .report_discards(reports)
             .readahead(Readahead::None);
@@ -177,7 +178,8 @@ fn mremap_moves_pages_of_one_shard_and_is_refused_across_a_border() {
     }
     let end = child::run(this_test!(), || {
         let bytes = pattern(2, SHARDS * BLOCK);
-        let builder = Region::builder().chunk(bytes.clone()).shards(SHARDS).readahead(Readahead::None);
+        let builder =
+            Region::builder().chunk(bytes.clone()).keep_sources().shards(SHARDS).readahead(Readahead::None);
         let region = builder.build(&pool()).unwrap();
         let starts = starts(&region);
         assert_eq!(touch(starts[2] + 4 * PAGE), bytes[2 * BLOCK + 4 * PAGE]);
@@ -208,7 +210,8 @@ fn try_moved(start: usize, bytes: usize) -> nix::Result<usize> {
 fn a_region_is_dropped_while_all_shards_fault() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(3, SHARDS * BLOCK);
-        let builder = Region::builder().chunk(bytes.clone()).shards(SHARDS).readahead(Readahead::None);
+        let builder =
+            Region::builder().chunk(bytes.clone()).keep_sources().shards(SHARDS).readahead(Readahead::None);
         let region = builder.build(&pool()).unwrap();
         let (starts, bytes) = (starts(&region), &bytes);
         scope(|scope| {
@@ -258,6 +261,7 @@ fn a_busy_shard_does_not_starve_the_others() {
         let bytes = pattern(4, SHARDS * BLOCK);
         let builder = Region::builder()
             .chunk(bytes.clone())
+            .keep_sources()
             .shards(SHARDS)
             .report_discards(reports)
             .readahead(Readahead::None);
@@ -359,7 +363,8 @@ fn the_worker_of_each_shard_has_its_cpu() {
 fn workers_whose_cpus_are_taken_away_serve_from_another_cpu() {
     let pool = Pool::builder().placement(Placement::PerCpu).name("moved").start().unwrap();
     let bytes = pattern(6, SHARDS * BLOCK);
-    let builder = Region::builder().chunk(bytes.clone()).shards(SHARDS).readahead(Readahead::None);
+    let builder =
+        Region::builder().chunk(bytes.clone()).keep_sources().shards(SHARDS).readahead(Readahead::None);
     let region = builder.build(&pool).unwrap();
     let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
     let mut one = CpuSet::new();
@@ -398,7 +403,8 @@ fn workers_whose_cpus_are_taken_away_serve_from_another_cpu() {
 #[test]
 fn forks_lose_no_byte_while_all_shards_fault() {
     let bytes = pattern(8, SHARDS * BLOCK);
-    let builder = Region::builder().chunk(bytes.clone()).shards(SHARDS).readahead(Readahead::None);
+    let builder =
+        Region::builder().chunk(bytes.clone()).keep_sources().shards(SHARDS).readahead(Readahead::None);
     let region = builder.build(&pool()).unwrap();
     let (starts, done, bytes) = (starts(&region), &AtomicBool::new(false), &bytes);
     scope(|scope| {

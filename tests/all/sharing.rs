@@ -25,7 +25,7 @@ fn pool(workers: usize) -> Pool {
 }
 
 fn region(bytes: &[u8], pool: &Pool) -> Region {
-    Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).build(pool).unwrap()
+    Region::builder().chunk(bytes.to_vec()).keep_sources().readahead(Readahead::None).build(pool).unwrap()
 }
 
 #[test]

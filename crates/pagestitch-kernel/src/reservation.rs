@@ -349,6 +349,22 @@ impl Reservation {
         }
     }
 
+    /// Looks for locked pages in a span, and changes none. [`discard`](Self::discard) drops the pages
+    /// before the first locked one.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `madvise(2)`: `EINVAL` for locked pages.
+    pub fn check_unlocked(&self, span: Span) -> Result<(), Errno> {
+        let range = self.addresses(span);
+        // Refused in the same mappings as MADV_DONTNEED.
+        // SAFETY: the pages are those of an owned mapping. The kernel only makes them the first that it
+        // reclaims.
+        #[expect(unsafe_code, reason = "madvise")]
+        let answer = unsafe { libc::madvise(range.start() as *mut c_void, range.bytes(), libc::MADV_COLD) };
+        Errno::result(answer).map(drop)
+    }
+
     /// Drops the pages of a span: they are missing afterwards.
     ///
     /// # Errors

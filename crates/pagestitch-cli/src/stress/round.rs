@@ -53,7 +53,7 @@ fn run_owned(
     // A page of a released source has no bytes after a discard.
     model.refillable &= !releases;
     let builder = if inherited { builder.inherit_on_fork() } else { builder };
-    let builder = if releases { builder.release_sources() } else { builder };
+    let builder = if releases { builder.release_sources() } else { builder.keep_sources() };
     let builder = if server.is_inline() { builder } else { configure_events(rng, builder) };
     // Without a number, a small region of a pool shares its userfaultfd.
     let shards =

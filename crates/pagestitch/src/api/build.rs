@@ -378,6 +378,7 @@ fn finish(
     server: &Server,
 ) -> Result<(Option<View>, AnyRegion), Error> {
     let PreparedTarget { target, uffd, shown, moves, staged, blocks, membership, mut view } = prepared;
+    let releasables = options.releasables(server);
     // All fields are named, without `..`: an option that is forgotten here does not compile.
     let Options {
         name: _,
@@ -390,7 +391,7 @@ fn finish(
         shards: _,
         report_discards: _,
         inherit_on_fork,
-        release_sources,
+        release_sources: _,
         budget: _,
         slices: _,
         two_records: _,
@@ -408,7 +409,7 @@ fn finish(
     let tables = PageTables::new(pages, &serve_options, membership.is_some()).map_err(no_table)?;
     let children = forked_children(&name, inherit_on_fork && server.inner().serves_faults())?;
     let (max_in_flight, share) = (serve_options.max_in_flight, membership.as_ref().map(Membership::share));
-    let releases = if release_sources { Releases::new(&mut layout, size) } else { None };
+    let releases = releasables.and_then(|which| Releases::new(&mut layout, which, size));
     let shown_pages = shown.in_place.pages() - shown.padding as u64 + shown.moved.pages();
     let growth = capacity.map(|capacity| Growth::new(capacity, align, layout.chunks()));
     let mut mapping = Mapping::new(

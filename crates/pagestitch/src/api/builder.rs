@@ -459,13 +459,21 @@ impl<S> Builder<S> {
     }
 
     /// Drops each source in owned memory (`Vec<u8>`, `Bytes`, [`Memory::new`]) as soon as the region has
-    /// all of its bytes, so that these are not in memory twice. Default: sources are kept until the
-    /// drop, because a page that is discarded (`MADV_DONTNEED`) is filled from its source again.
+    /// all of its bytes, so that these are not in memory twice.
     ///
-    /// * **Discarded pages** of a released source are lost: touching one raises SIGBUS, and `read_at`
-    ///   and `populate` fail with [`FailureReason::Released`](crate::source::FailureReason::Released),
-    ///   whatever the [policy](crate::OnFailure) of the chunk. So are pages with some bytes of it. Before
-    ///   the release, they are filled again.
+    /// Default: buffers of the standard library (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, `String`, arrays) are
+    /// dropped so by a read-only [`Region`](crate::Region) of a [`Pool`](crate::Pool) or a
+    /// [`Manual`](crate::Manual), without [`budget`](Self::budget), [`capacity`](Self::capacity),
+    /// [`inherit_on_fork`](Self::inherit_on_fork) and [`report_discards(true)`](Self::report_discards),
+    /// because only `unsafe` code discards a page of it. Other regions keep all sources until their drop.
+    /// This option drops all owned memory, in all regions that can; [`keep_sources`](Self::keep_sources)
+    /// drops none.
+    ///
+    /// * **Discarded pages** (`MADV_DONTNEED`) of a released source are lost: touching one raises SIGBUS,
+    ///   and `read_at` and `populate` fail with
+    ///   [`FailureReason::Released`](crate::source::FailureReason::Released), whatever the
+    ///   [policy](crate::OnFailure) of the chunk. So are pages with some bytes of it. Before the release,
+    ///   they are filled again.
     /// * **All bytes**: all pages with bytes of the source, in all of its chunks, are present at the same
     ///   time. A page that other chunks share counts too. Bytes that are in no chunk do not count.
     /// * **Shared memory.** The region drops its own share: the bytes are freed with the last one.
@@ -480,8 +488,10 @@ impl<S> Builder<S> {
     /// [`Metrics::bytes_released`](crate::Metrics::bytes_released) how much was released.
     ///
     /// ```
+    /// # use pagestitch::source::Memory;
     /// # use pagestitch::{Pool, Region};
-    /// let region = Region::builder().chunk(vec![7u8; 100_000]).release_sources().build(&Pool::new()?)?;
+    /// let owner = Memory::new([7u8; 100_000]);                   // any owner, which may have a destructor
+    /// let region = Region::builder().chunk(owner).release_sources().build(&Pool::new()?)?;
     /// assert_eq!(region.kept_source_bytes(), 100_000);
     /// region.populate(..)?;
     /// assert_eq!(region.kept_source_bytes(), 0);
@@ -491,7 +501,23 @@ impl<S> Builder<S> {
     ///
     /// [`Memory::new`]: crate::source::Memory::new
     pub fn release_sources(mut self) -> Self {
-        self.options.release_sources = true;
+        self.options.release_sources = Some(true);
+        self
+    }
+
+    /// Keeps all sources until the drop of the region, so that a page that the application discards
+    /// (`MADV_DONTNEED`) is filled from its source again. Default: a region
+    /// [drops buffers](Self::release_sources) whose bytes it has. Of both options, the last one counts.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().chunk(vec![7u8; 100_000]).keep_sources().build(&Pool::new()?)?;
+    /// region.populate(..)?;
+    /// assert_eq!(region.kept_source_bytes(), 100_000);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn keep_sources(mut self) -> Self {
+        self.options.release_sources = Some(false);
         self
     }
 

@@ -3,7 +3,8 @@
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::policy::Readahead;
 use crate::reclaim::Budget;
-use crate::serve::Demands;
+use crate::serve::{Demands, Server};
+use crate::source::Releasables;
 use crate::space::{RecordFor, ServeOptions};
 use pagestitch_kernel::Access;
 
@@ -23,7 +24,8 @@ pub(super) struct Options {
     /// `None`: the user has not chosen.
     pub(super) report_discards: Option<bool>,
     pub(super) inherit_on_fork: bool,
-    pub(super) release_sources: bool,
+    /// `None`: the user has not chosen.
+    pub(super) release_sources: Option<bool>,
     pub(super) budget: Option<Budget>,
     /// True if the region gives out slices, so that a page never comes back with other bytes.
     pub(super) slices: bool,
@@ -51,7 +53,7 @@ impl Default for Options {
             shards: None,
             report_discards: None,
             inherit_on_fork: false,
-            release_sources: false,
+            release_sources: None,
             budget: None,
             slices: false,
             two_records: false,
@@ -74,6 +76,30 @@ impl Options {
     pub(super) fn record_writes(&mut self, used_for: RecordFor) {
         let before = self.serve_options.record_of_writes.replace(used_for);
         self.two_records |= before.is_some_and(|before| before != used_for);
+    }
+
+    /// The memory that the region releases when it has all of its bytes. If the user has not chosen, these
+    /// are buffers of a region whose pages nothing but an `unsafe` call of the application discards, and
+    /// which are not filled in signal handlers, because those free no memory.
+    pub(super) fn releasables(&self, server: &Server) -> Option<Releasables> {
+        match self.release_sources {
+            Some(true) => Some(Releasables::Owned),
+            Some(false) => None,
+            None => {
+                let releases = self.is_never_discarded() && !server.inner().is_in_handler();
+                releases.then_some(Releasables::Buffers)
+            }
+        }
+    }
+
+    /// True if neither the library, nor another process, nor a safe call discards pages.
+    fn is_never_discarded(&self) -> bool {
+        self.slices
+            && self.access == Access::ReadOnly
+            && self.budget.is_none()
+            && self.capacity.is_none()
+            && !self.inherit_on_fork
+            && self.report_discards != Some(true)
     }
 
     /// The demands of the region on its server.
@@ -135,7 +161,7 @@ impl Options {
                 "appended chunks are copied: leave out require_zero_copy() or capacity()",
             ),
             (
-                grows && self.release_sources,
+                grows && self.release_sources == Some(true),
                 BuildOption::ReleaseSources,
                 "appended sources are kept: leave out release_sources() or capacity()",
             ),
@@ -183,7 +209,7 @@ impl Options {
                 "each userfaultfd of a region reports a forked child of its own: leave out shards() or inherit_on_fork()",
             ),
             (
-                self.inherit_on_fork && self.release_sources,
+                self.inherit_on_fork && self.release_sources == Some(true),
                 BuildOption::ReleaseSources,
                 "forked children are filled from the same sources: leave out release_sources() or inherit_on_fork()",
             ),
@@ -248,7 +274,7 @@ impl Options {
                 "a page that a forked child shares cannot leave: leave out inherit_on_fork() or budget()",
             ),
             (
-                self.release_sources,
+                self.release_sources == Some(true),
                 BuildOption::Budget,
                 "a page that leaves is filled from its source again: leave out release_sources() or budget()",
             ),
@@ -304,7 +330,7 @@ impl Options {
                 "children of adopted memory's owner cannot be served, because their discarded pages are unknown: leave out inherit_on_fork()",
             ),
             (
-                self.release_sources,
+                self.release_sources == Some(true),
                 BuildOption::ReleaseSources,
                 "a page of adopted memory may be filled again, because only its owner knows which pages are present: leave out release_sources()",
             ),

@@ -13,17 +13,16 @@ impl Region {
     /// The pages are filled on first touch, as those of the build. Written bytes of the range are gone.
     /// Chunks keep their numbers and places: an error of a page names the chunk of the build, with the
     /// new source. [`plan`](AnyRegion::plan) shows the build. The sources of the build stay alive until
-    /// the region is dropped.
+    /// the region [releases](crate::Builder::release_sources) them or is dropped; replacements are kept.
     ///
     /// * **Whole pages**: the range begins and ends at a multiple of the page size, or ends with the
     ///   region. A region with a [`capacity`](crate::Builder::capacity) has no such end.
     /// * **Copied pages only**: pages that are shown in place, or that were donated, cannot be replaced.
     ///   Nor can pages of an [`Eager`](crate::Eager) region, which never fault.
     /// * **Not with** [`track_changes`](crate::Builder::track_changes),
-    ///   [`write_back`](crate::Builder::write_back), [`release_sources`](crate::Builder::release_sources),
-    ///   [`on_memfd`](crate::Builder::on_memfd) and [`inherit_on_fork`](crate::Builder::inherit_on_fork);
-    ///   a region of a [`Manual`](crate::Manual) needs
-    ///   [`report_discards(false)`](crate::Builder::report_discards).
+    ///   [`write_back`](crate::Builder::write_back), [`on_memfd`](crate::Builder::on_memfd) and
+    ///   [`inherit_on_fork`](crate::Builder::inherit_on_fork); a region of a [`Manual`](crate::Manual)
+    ///   needs [`report_discards(false)`](crate::Builder::report_discards).
     /// * **In a budget**, the bytes of the chunk must not change; inline, it is no file.
     ///
     /// # Errors

@@ -43,7 +43,7 @@ fn check_options(options: &Options, adopted: bool) -> Result<(), Error> {
             "writes of other processes have no record, and would not go back: leave out write_back() or on_memfd()",
         ),
         (
-            options.release_sources,
+            options.release_sources == Some(true),
             BuildOption::ReleaseSources,
             "a page that another process discards is filled from its source again: leave out release_sources() or on_memfd()",
         ),

@@ -38,6 +38,15 @@ pub(crate) fn replace(
     }
     check_region(region, server, span)?;
     chunk.map_or(Ok(()), |chunk| check_chunk(region, server, range, chunk))?;
+    let locked = |errno| {
+        let what = format!(
+            "region {}: bytes {}..{} cannot be replaced, because the kernel keeps their pages: unlock them (munlock(2))",
+            region.name, range.start, range.end
+        );
+        Error::refused(what, errno)
+    };
+    // The pages that are dropped before a locked one would be filled again, which a released source cannot.
+    region.target.check_unlocked(span).map_err(locked)?;
     let _alone = region.growth.as_ref().map(|growth| growth.lock());
     let no_table =
         |errno| Error::refused(format_args!("region {}: cannot replace bytes", region.name), errno);
@@ -61,13 +70,7 @@ pub(crate) fn replace(
     }
     claim.settle(span.pages, PageState::Absent);
     drop(quiet);
-    dropped.map_err(|errno| {
-        let what = format!(
-            "region {}: bytes {}..{} cannot be replaced, because the kernel keeps their pages: unlock them (munlock(2))",
-            region.name, range.start, range.end
-        );
-        Error::refused(what, errno)
-    })
+    dropped.map_err(locked)
 }
 
 /// The pages of a range that begins and ends between pages. The region's end ends its last page.
@@ -107,10 +110,10 @@ fn check_region(region: &Mapping, server: &dyn Attachment, span: Span) -> Result
             "pages of the range are shown in place or were donated: only pages that are copied can get other bytes",
         );
     }
-    if region.records_writes() || region.releases_sources() {
+    if region.records_writes() {
         return refused(
             ErrorKind::OptionConflict,
-            "its record of writes, or the release of its sources, belongs to the bytes of the build: leave out track_changes(), write_back() and release_sources()",
+            "its record of writes belongs to the bytes of the build: leave out track_changes() and write_back()",
         );
     }
     if region.discards == Discards::Told && server.may_be_caller() {

@@ -41,6 +41,8 @@ enum Stable {
     /// Invariant: the address never changes, because the owner is neither moved nor accessed until
     /// the last clone is dropped.
     Owned(Bytes),
+    /// As `Owned`, in a buffer of the standard library: its drop runs no code of the application.
+    Buffer(Bytes),
     /// Bytes of the program itself, which no owner frees.
     Static(&'static [u8]),
     Lent(RevocableSlice),
@@ -52,6 +54,15 @@ enum Stable {
 struct Owned {
     bytes: Releasable<Bytes>,
     len: usize,
+}
+
+/// The memory that a region releases when it has all of its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Releasables {
+    /// Buffers of the standard library, because their drop runs no code of the application.
+    Buffers,
+    /// All owned memory.
+    Owned,
 }
 
 /// The answer to the release of a memory source.
@@ -90,6 +101,10 @@ impl Memory {
         Self { bytes: Stable::Owned(Bytes::from_owner(owner)) }
     }
 
+    const fn buffer(bytes: Bytes) -> Self {
+        Self { bytes: Stable::Buffer(bytes) }
+    }
+
     pub(crate) const fn lent(lent: RevocableSlice) -> Self {
         Self { bytes: Stable::Lent(lent) }
     }
@@ -107,7 +122,7 @@ impl Memory {
     /// has ended, or the bytes are released.
     pub(crate) fn bytes_if_any(&self) -> Option<MemoryBytes<'_>> {
         match &self.bytes {
-            Stable::Owned(bytes) => Some(MemoryBytes::Owned(bytes)),
+            Stable::Owned(bytes) | Stable::Buffer(bytes) => Some(MemoryBytes::Owned(bytes)),
             Stable::Static(bytes) => Some(MemoryBytes::Owned(bytes)),
             Stable::Lent(lent) => lent.read().map(MemoryBytes::Lent),
             Stable::Releasable(owned) => owned.bytes.read().map(MemoryBytes::Kept),
@@ -122,9 +137,12 @@ impl Memory {
         Some(start..start + bytes.len())
     }
 
-    /// Lets [`release`](Self::release) drop this share of owned bytes. False for other bytes.
-    pub(crate) fn make_releasable(&mut self) -> bool {
-        let Stable::Owned(bytes) = &self.bytes else { return false };
+    /// Lets [`release`](Self::release) drop this share of owned bytes. False for bytes that are not `which`.
+    pub(crate) fn make_releasable(&mut self, which: Releasables) -> bool {
+        let bytes = match (&self.bytes, which) {
+            (Stable::Buffer(bytes), _) | (Stable::Owned(bytes), Releasables::Owned) => bytes,
+            _ => return false,
+        };
         let len = bytes.len();
         self.bytes = Stable::Releasable(Arc::new(Owned { bytes: Releasable::new(bytes.clone()), len }));
         true
@@ -151,7 +169,7 @@ impl Memory {
     /// The number of bytes that this source keeps allocated.
     pub(crate) fn kept_bytes(&self) -> u64 {
         match &self.bytes {
-            Stable::Owned(bytes) => bytes.len() as u64,
+            Stable::Owned(bytes) | Stable::Buffer(bytes) => bytes.len() as u64,
             Stable::Releasable(owned) if !owned.bytes.is_released() => owned.len as u64,
             Stable::Releasable(_) | Stable::Static(_) | Stable::Lent(_) => 0,
         }
@@ -160,8 +178,8 @@ impl Memory {
     /// Address and length: the same memory, whatever value keeps it alive.
     pub(crate) fn identity(&self) -> Option<(usize, u64)> {
         match &self.bytes {
-            Stable::Owned(bytes) if bytes.is_unique() => None,
-            Stable::Owned(bytes) => Some((bytes.as_ptr().addr(), bytes.len() as u64)),
+            Stable::Owned(bytes) | Stable::Buffer(bytes) if bytes.is_unique() => None,
+            Stable::Owned(bytes) | Stable::Buffer(bytes) => Some((bytes.as_ptr().addr(), bytes.len() as u64)),
             Stable::Static(bytes) => Some((bytes.as_ptr().addr(), bytes.len() as u64)),
             // Two scopes may borrow the same bytes and end at different times. Each region releases
             // its own share.
@@ -173,7 +191,7 @@ impl Memory {
 impl Source for Memory {
     fn size(&self) -> u64 {
         match &self.bytes {
-            Stable::Owned(bytes) => bytes.len() as u64,
+            Stable::Owned(bytes) | Stable::Buffer(bytes) => bytes.len() as u64,
             Stable::Static(bytes) => bytes.len() as u64,
             Stable::Lent(lent) => lent.len() as u64,
             Stable::Releasable(owned) => owned.len as u64,
@@ -189,7 +207,9 @@ impl Source for Memory {
 
     fn name(&self) -> String {
         match &self.bytes {
-            Stable::Owned(_) | Stable::Static(_) | Stable::Releasable(_) => String::from("memory"),
+            Stable::Owned(_) | Stable::Buffer(_) | Stable::Static(_) | Stable::Releasable(_) => {
+                String::from("memory")
+            }
             Stable::Lent(_) => String::from("borrowed memory"),
         }
     }
@@ -234,19 +254,19 @@ impl From<Bytes> for Memory {
 
 impl From<Vec<u8>> for Memory {
     fn from(bytes: Vec<u8>) -> Self {
-        Self::from(Bytes::from(bytes))
+        Self::buffer(Bytes::from(bytes))
     }
 }
 
 impl From<Box<[u8]>> for Memory {
     fn from(bytes: Box<[u8]>) -> Self {
-        Self::from(Bytes::from(bytes))
+        Self::buffer(Bytes::from(bytes))
     }
 }
 
 impl From<Arc<[u8]>> for Memory {
     fn from(bytes: Arc<[u8]>) -> Self {
-        Self::new(bytes)
+        Self::buffer(Bytes::from_owner(bytes))
     }
 }
 
@@ -276,7 +296,7 @@ impl From<String> for Memory {
 
 impl<const N: usize> From<[u8; N]> for Memory {
     fn from(bytes: [u8; N]) -> Self {
-        Self::new(bytes)
+        Self::buffer(Bytes::from_owner(bytes))
     }
 }
 
@@ -285,5 +305,4 @@ pub(crate) fn released() -> io::Error {
     FailureReason::Released.error(RELEASED)
 }
 
-const RELEASED: &str = "the page was discarded (MADV_DONTNEED) after its source was released: leave out release_sources() if pages are \
-                        discarded";
+const RELEASED: &str = "the page was discarded (MADV_DONTNEED) after its source was released: add keep_sources() if pages are discarded";

@@ -90,7 +90,7 @@ pub use lazy::{FillMemfd, LazyMemfd};
 pub use limited::Limited;
 pub use memfd::Memfd;
 pub use memory::Memory;
-pub(crate) use memory::{MemoryBytes, Released, released};
+pub(crate) use memory::{MemoryBytes, Releasables, Released, released};
 pub use pagestitch_kernel::memfd::UnsealedMemfd;
 pub use pagestitch_kernel::pages::{Donated, Pages, PagesError};
 pub use pagestitch_kernel::physical::{Caching, Physical, PhysicalError};

@@ -26,7 +26,7 @@ pub(crate) use builder::LayoutBuilder;
 use crate::error::Failure;
 use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
-use crate::source::{Backing, Memory, Released, Shared};
+use crate::source::{Backing, Memory, Releasables, Released, Shared};
 use pagestitch_kernel::append_vec::AppendVec;
 use pagestitch_kernel::cache::prefetch;
 use pagestitch_kernel::{Errno, PageSize};
@@ -302,10 +302,10 @@ impl Layout {
         });
     }
 
-    /// Makes the owned memory among the sources releasable. True for each source that is.
-    pub(crate) fn make_releasable(&mut self) -> Vec<bool> {
+    /// Makes memory among the sources releasable. True for each source that is.
+    pub(crate) fn make_releasable(&mut self, which: Releasables) -> Vec<bool> {
         let releasable = |source: &mut Backing| match source {
-            Backing::Memory(memory) => memory.make_releasable(),
+            Backing::Memory(memory) => memory.make_releasable(which),
             _ => false,
         };
         self.sources.edit(|sources| sources.iter_mut().map(releasable).collect())

@@ -326,11 +326,6 @@ impl Mapping {
         self.residence.is_some() || self.layout.has_replaced()
     }
 
-    /// True if sources are released once their pages are present.
-    pub(crate) const fn releases_sources(&self) -> bool {
-        self.releases.is_some()
-    }
-
     /// Prepares for the bytes of a chunk that replace others.
     pub(crate) fn note_replacement(&self, chunk: Option<&Chunk>) {
         if chunk.is_some_and(|chunk| matches!(chunk.backing, Backing::Fetched(_))) {

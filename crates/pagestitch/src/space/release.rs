@@ -20,7 +20,7 @@
 
 use super::Layout;
 use super::page_table::PageTable;
-use crate::source::{Memory, Released};
+use crate::source::{Memory, Releasables, Released};
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{Page, PageSize, Span};
 use std::ops::Range;
@@ -45,9 +45,9 @@ struct Watched {
 }
 
 impl Releases {
-    /// Makes the owned memory of a layout releasable. `None` if it has none.
-    pub(crate) fn new(layout: &mut Layout, page: PageSize) -> Option<Self> {
-        let releasable = layout.make_releasable();
+    /// Makes memory of a layout releasable. `None` if it has none.
+    pub(crate) fn new(layout: &mut Layout, which: Releasables, page: PageSize) -> Option<Self> {
+        let releasable = layout.make_releasable(which);
         let of = |chunk: &u32| layout.source_of(*chunk as usize);
         let mut chunks: Vec<u32> =
             (0..layout.chunks() as u32).filter(|chunk| releasable[of(chunk)]).collect();
@@ -138,7 +138,7 @@ mod tests {
     #[test]
     fn a_page_that_looks_discarded_after_the_release_is_found_in_the_region() {
         let pages = PageSize::system().bytes() * 3;
-        let builder = Region::builder().chunk(vec![7u8; pages]).release_sources();
+        let builder = Region::builder().chunk(vec![7u8; pages]);
         let region = builder.build(&Pool::new().unwrap()).unwrap();
         region.populate(..).unwrap();
         assert_eq!(region.kept_source_bytes(), 0);
@@ -176,7 +176,7 @@ mod models {
             let mut layout = LayoutBuilder::default();
             layout.push(Chunk::from(vec![7; pages * PAGE.bytes()])).unwrap();
             let mut layout = layout.finish(false).unwrap();
-            let releases = Releases::new(&mut layout, PAGE).unwrap();
+            let releases = Releases::new(&mut layout, Releasables::Buffers, PAGE).unwrap();
             let pages = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
             Arc::new(Self { layout, pages, releases })
         }

@@ -66,6 +66,14 @@ impl Target {
         matches!(self, Self::Owned(reservation) if reservation.is_on_memfd())
     }
 
+    /// An error if pages of a span are locked, so that they cannot be dropped.
+    pub(crate) fn check_unlocked(&self, span: Span) -> Result<(), Errno> {
+        match self {
+            Self::Owned(reservation) => reservation.check_unlocked(span),
+            Self::Foreign(_) => Ok(()),
+        }
+    }
+
     /// The addresses of a span that is [contiguous](Self::contiguous).
     pub(crate) fn addresses(&self, span: Span) -> AddressRange {
         match self {
