@@ -6,11 +6,15 @@ use crate::{HANG, PAGE, SetOnDrop, cannot_inherit, discard, pattern, touch, unti
 use nix::sys::signal::Signal;
 use nix::unistd::getpid;
 use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Process, Readahead, Region, Source};
+use pagestitch_kernel::fork_window::ForkWindow;
+use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::{Batch, PageSize, Uffd, View};
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test, wait};
 use std::fs;
 use std::io::{self, Read, Write};
+use std::num::NonZeroUsize;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -357,11 +361,7 @@ fn regions_that_children_cannot_inherit_are_refused_with_the_reason() {
 /// children cannot inherit regions.
 fn orphan(test: &str, folder: &Path, body: impl FnOnce(&Region) -> String) -> Option<i32> {
     let mut parent = child::spawn(test, folder.to_str().unwrap(), |folder| {
-        let note = |name: &str, what: &str| {
-            let path = Path::new(folder).join(name);
-            fs::write(path.with_extension("new"), what).unwrap();
-            fs::rename(path.with_extension("new"), path).unwrap();
-        };
+        let note = |name: &str, text: &str| note(folder, name, text);
         let Some(region) = built(&pattern(7, 64 * PAGE)) else { return note("skipped", "") };
         assert_ne!(region.as_slice()[0], 0);
         let child = forked(|| {
@@ -414,6 +414,126 @@ fn a_child_of_a_killed_parent_waits_and_reads_no_zeros() {
     let said = fs::read_to_string(folder.path().join("said")).ok();
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process), Signal::SIGKILL);
     assert_eq!(said, None, "a byte of {} was expected", pattern(7, 64 * PAGE)[30 * PAGE]);
+}
+
+/// Writes a file of a folder at once.
+fn note(folder: &str, name: &str, text: &str) {
+    let path = Path::new(folder).join(name);
+    fs::write(path.with_extension("new"), text).unwrap();
+    fs::rename(path.with_extension("new"), path).unwrap();
+}
+
+/// True if a process has ended: it is gone, or a zombie.
+fn has_ended(process: i32) -> bool {
+    fs::read_to_string(format!("/proc/{process}/stat")).map_or(true, |stat| stat.contains(") Z "))
+}
+
+/// The kernel lets a child run once its event is read, and the thread that has read the event may not have
+/// kept the child's userfaultfd open yet.
+#[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
+fn a_child_that_kills_its_parent_at_once_reads_no_zeros() {
+    let (test, bytes) = (this_test!(), pattern(7, 64 * PAGE));
+    let (mut waiting, mut signalled) = (0, 0);
+    for _ in 0..rounds(100) {
+        let folder = tempfile::tempdir().unwrap();
+        let parent = child::spawn(test, folder.path().to_str().unwrap(), |folder| {
+            let note = |name: &str, text: &str| note(folder, name, text);
+            let Some(region) = built(&bytes) else { return note("skipped", "") };
+            let server = Process::open(std::process::id()).unwrap();
+            passes(forked(|| {
+                server.kill().unwrap();
+                note("child", &getpid().to_string());
+                until(|| server.has_ended());
+                note("touches", "");
+                note("said", &touch(region.as_ptr().addr().get() + 30 * PAGE).to_string());
+                0
+            }));
+        });
+        let noted = |name: &str| folder.path().join(name).exists();
+        until(|| noted("touches") || noted("skipped"));
+        if noted("skipped") {
+            return println!("SKIPPED {test}: children cannot be served here");
+        }
+        let child: i32 = fs::read_to_string(folder.path().join("child")).unwrap().parse().unwrap();
+        until(|| noted("said") || has_ended(child) || waits_for_a_page(child));
+        let said = fs::read_to_string(folder.path().join("said")).ok();
+        *(if has_ended(child) { &mut signalled } else { &mut waiting }) += 1;
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), Signal::SIGKILL);
+        assert_eq!(said, None, "a byte of {} was expected", bytes[30 * PAGE]);
+        drop(parent);
+    }
+    println!("{waiting} children waited, and {signalled} got a signal");
+}
+
+/// As above, with a server that always ends between the two steps.
+#[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
+fn a_child_whose_server_ends_before_it_keeps_the_userfaultfd_gets_a_signal() {
+    let test = this_test!();
+    for inside in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let server = child::spawn(test, &format!("{inside} {}", folder.path().display()), |argument| {
+            let (inside, folder) = argument.split_once(' ').unwrap();
+            serve_until_a_fork(inside == "true", |name, text| note(folder, name, text));
+        });
+        let noted = |name: &str| folder.path().join(name).exists();
+        until(|| noted("child") || noted("skipped"));
+        if noted("skipped") {
+            return println!("SKIPPED {test}: EVENT_FORK takes CAP_SYS_PTRACE");
+        }
+        let child = fs::read_to_string(folder.path().join("child")).unwrap().parse().unwrap();
+        until(|| noted("said") || has_ended(child));
+        let said = fs::read_to_string(folder.path().join("said")).ok();
+        // The kernel gives zeros to a child that nothing holds back.
+        assert_eq!(said.as_deref(), (!inside).then_some("0"), "inside: {inside}");
+        drop(server);
+    }
+}
+
+/// Forks a child, and kills this process when the child's event is read: while the child waits, or after.
+fn serve_until_a_fork(inside: bool, note: impl Fn(&str, &str)) {
+    let page = PageSize::system();
+    let Ok(uffd) = Uffd::open(pagestitch_kernel::Features::EVENT_FORK) else { return note("skipped", "") };
+    let (range, _view) = View::reserve(NonZeroUsize::MIN, page, pagestitch_kernel::Access::Writable).unwrap();
+    uffd.register(&range, RegisterMode::MISSING).unwrap();
+    let this = Process::open(std::process::id()).unwrap();
+    let window = Arc::new(ForkWindow::new(Some(Process::open(this.pid()).unwrap().into_fd())).unwrap());
+    range.inherit_on_fork(Arc::clone(&window)).unwrap();
+    // The C library holds its allocator during the fork.
+    let (mut batch, [begins, returned]) = (Batch::with_capacity(4), [2, 2].map(Barrier::new));
+    scope(|scope| {
+        scope.spawn(|| {
+            begins.wait();
+            loop {
+                let in_window = window.enter();
+                batch.read(&uffd, page).unwrap();
+                let has_forked = !batch.is_empty();
+                let in_window = Some(in_window).filter(|_| inside);
+                if has_forked {
+                    // Killed before fork(2) returns, a process has no child.
+                    returned.wait();
+                    this.kill().unwrap();
+                }
+                drop(in_window);
+            }
+        });
+        begins.wait();
+        let child = forked(|| {
+            note("child", &getpid().to_string());
+            until(|| this.has_ended());
+            note("said", &touch(range.range().start()).to_string());
+            0
+        });
+        returned.wait();
+        passes(child);
+    });
 }
 
 #[test]

@@ -10,7 +10,7 @@ use crate::page::PageSize;
 use crate::uffd::Uffd;
 use crate::uffd::message::{MESSAGE, Message, PAGEFAULT_FLAG_MINOR, PAGEFAULT_FLAG_WP, PAGEFAULT_FLAG_WRITE};
 use std::fmt;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// A thread that is stopped at a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +88,8 @@ pub enum Event {
     Fork {
         /// The child's uffd.
         child: Uffd,
+        /// True if the reader has [kept](Batch::keep_children) the uffd open for the child.
+        kept: bool,
     },
 }
 
@@ -158,6 +160,15 @@ impl Batch {
         self.read == 0
     }
 
+    /// Calls `keep` with the uffd of each forked child, and notes the answer in its event.
+    pub fn keep_children(&mut self, mut keep: impl FnMut(BorrowedFd<'_>) -> bool) {
+        for event in &mut self.events {
+            if let Event::Fork { child, kept } = event {
+                *kept = keep(child.as_fd());
+            }
+        }
+    }
+
     /// The changes of the map, which the reader handles before the faults.
     pub fn take_events(&mut self) -> impl Iterator<Item = Event> + '_ {
         self.events.drain(..)
@@ -194,7 +205,9 @@ fn decode(
         Message::Remove { start, end } => events.push(Event::Remove { start, end }),
         Message::Unmap { start, end } => events.push(Event::Unmap { start, end }),
         Message::Remap { from, to, bytes } => events.push(Event::Remap { from, to, bytes }),
-        Message::Fork { child } => events.push(Event::Fork { child: Uffd::of_child(own(child), uffd) }),
+        Message::Fork { child } => {
+            events.push(Event::Fork { child: Uffd::of_child(own(child), uffd), kept: false });
+        }
     }
     Ok(())
 }

@@ -11,6 +11,7 @@
 //! | | [`features`] | the features of a userfaultfd, as `UFFDIO_API` numbers them |
 //! | | [`limits`] | the limit of the process that a mapping or a descriptor has met |
 //! | | [`fork`] | the generation of a process, by which a thing can tell that a forked child has inherited it |
+//! | | [`fork_window`] | the moment after a fork in which only the server has the child's userfaultfd |
 //! | | [`sync`] | atomics, locks and an event count: the standard library's, or a model checker's |
 //! | | [`process`] | another process, by a descriptor that stays with it |
 //! | | [`fd_passing`] | descriptors through a UNIX socket |
@@ -98,6 +99,7 @@ pub mod file_read;
 pub mod file_readahead;
 pub mod file_write;
 pub mod fork;
+pub mod fork_window;
 pub mod gate;
 mod granule;
 mod guarded_ref;

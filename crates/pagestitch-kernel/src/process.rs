@@ -107,6 +107,12 @@ impl Process {
         self.pid
     }
 
+    /// Its pidfd.
+    #[must_use]
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     /// Ends the process with SIGKILL, if it has not ended by itself.
     ///
     /// # Errors

@@ -11,6 +11,7 @@
 //!   once if addresses are short). The drop itself unmaps a range in which no thread waits.
 
 use crate::errno::Errno;
+use crate::fork_window::ForkWindow;
 use crate::page::PageSize;
 use nix::libc::{self, c_int, c_void};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munlock, munmap};
@@ -19,9 +20,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use std::{process, thread};
 
 /// The hidden ranges and those set aside.
 struct Ranges {
@@ -37,6 +38,8 @@ struct Hidden {
     /// The parts that children do inherit, because something is shown there in place. Ascending.
     shown: Vec<Range<usize>>,
     served: Option<ServedRange>,
+    /// Children inherit the range, and look into this window before they do anything else.
+    window: Option<Arc<ForkWindow>>,
 }
 
 /// The region in a range, and the servers of its faults.
@@ -58,7 +61,9 @@ struct Aside {
 pub(crate) fn hide(range: Range<usize>) {
     let mut ranges = lock();
     ranges.guard_forks(at_forks);
-    ranges.hidden.insert(range.start, Hidden { end: range.end, shown: Vec::new(), served: None });
+    ranges
+        .hidden
+        .insert(range.start, Hidden { end: range.end, shown: Vec::new(), served: None, window: None });
 }
 
 /// Removes the range that begins at `start`. Its owner is about to unmap it.
@@ -71,6 +76,13 @@ pub(crate) fn show(start: usize, part: Range<usize>) {
     if let Some(hidden) = lock().hidden.get_mut(&start) {
         let place = hidden.shown.partition_point(|other| other.start < part.start);
         hidden.shown.insert(place, part);
+    }
+}
+
+/// Notes that children inherit the range that begins at `start`, and wait until no thread is in a window.
+pub(crate) fn inherit(start: usize, window: Arc<ForkWindow>) {
+    if let Some(hidden) = lock().hidden.get_mut(&start) {
+        hidden.window = Some(window);
     }
 }
 
@@ -169,13 +181,7 @@ impl Ranges {
 /// Frees the pages of a range and closes it to every access.
 fn empty(range: &Range<usize>) {
     let Some(bytes) = NonZeroUsize::new(range.len()) else { return };
-    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
-    // SAFETY: by the contract of `set_aside`, the range is an owned mapping and no reference to its
-    // bytes exists.
-    #[expect(unsafe_code, reason = "mmap over an owned mapping")]
-    let replaced =
-        unsafe { mmap_anonymous(NonZeroUsize::new(range.start), bytes, ProtFlags::PROT_NONE, flags) };
-    if replaced.is_err() {
+    if !close(range) {
         // The kernel has refused another mapping (vm.max_map_count, or the limit on locked memory):
         // frees the pages in place. Each of these calls may fail too; the drop of the region has
         // closed the range before.
@@ -189,6 +195,20 @@ fn empty(range: &Range<usize>) {
     } else {
         unlock(range);
     }
+}
+
+/// Maps `PROT_NONE` over a range that is about to end, or that a child cannot be served in. False if the
+/// kernel refuses.
+fn close(range: &Range<usize>) -> bool {
+    let Some(bytes) = NonZeroUsize::new(range.len()) else { return true };
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
+    // SAFETY: by the contract of `set_aside`, the range is an owned mapping and no reference to its
+    // bytes exists; or the process is a child at its first step, and an access through an inherited
+    // reference ends it, as the access to a range that children do not inherit.
+    #[expect(unsafe_code, reason = "mmap over an owned mapping")]
+    let closed =
+        unsafe { mmap_anonymous(NonZeroUsize::new(range.start), bytes, ProtFlags::PROT_NONE, flags) };
+    closed.is_ok()
 }
 
 /// A range that is kept only for its addresses must not count as locked memory.
@@ -258,7 +278,14 @@ extern "C" fn in_child() {
     #[expect(unsafe_code, reason = "takes the lock back")]
     let guard = unsafe { &mut *HELD.0.get() }.take();
     for (&start, hidden) in guard.iter().flat_map(|ranges| &ranges.hidden) {
-        hidden.close(start);
+        if hidden.window.as_ref().is_none_or(|window| window.wait()) {
+            hidden.close(start);
+        } else {
+            // No userfaultfd is left, so its missing pages would read as zeros.
+            if !close(&(start..hidden.end)) {
+                process::abort();
+            }
+        }
     }
 }
 

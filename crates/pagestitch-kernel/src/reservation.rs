@@ -19,6 +19,7 @@
 use crate::access::Access;
 use crate::copy;
 use crate::errno::Errno;
+use crate::fork_window::ForkWindow;
 use crate::limits::ReserveError;
 use crate::mapping::{OwnedMapping, unlock};
 use crate::page::{AddressRange, Page, PageSize, Span};
@@ -251,12 +252,15 @@ impl Reservation {
 
     /// Lets children of `fork(2)` inherit the range. A child reads zeros unless a server fills
     /// *its* pages, so the caller serves the uffds that come with
-    /// [`Event::Fork`](crate::Event::Fork).
+    /// [`Event::Fork`](crate::Event::Fork). A thread that reads these events enters the window until
+    /// it has kept the uffds open: a child waits for it, and an access to the range is SIGSEGV if the
+    /// server has ended before. A child of a raw `clone(2)` does not wait.
     ///
     /// # Errors
     ///
     /// The errno of `madvise(2)`; none is known to occur.
-    pub fn inherit_on_fork(&self) -> Result<(), Errno> {
+    pub fn inherit_on_fork(&self, window: Arc<ForkWindow>) -> Result<(), Errno> {
+        ranges::inherit(self.range().start(), window);
         self.advise_parts(MmapAdvise::MADV_DOFORK)
     }
 
@@ -349,7 +353,7 @@ impl Reservation {
         }
     }
 
-    /// Looks for locked pages in a span, and changes none. [`discard`](Self::discard) drops the pages
+    /// Looks for locked pages in a span, and changes none. A discard (`MADV_DONTNEED`) drops the pages
     /// before the first locked one.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork, pause};
 use pagestitch_kernel::Features;
+use pagestitch_kernel::fork_window::ForkWindow;
 use pagestitch_kernel::uffd::{AdoptError, OwnMemory, RegisterMode};
 use pagestitch_kernel::{
     Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Span, Support, Uffd, View,
@@ -18,7 +19,7 @@ use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use std::{slice, thread};
 
@@ -309,7 +310,7 @@ fn a_read_of_a_forked_childs_uffd_does_not_wait() {
     let (reservation, _view) =
         View::reserve(NonZeroUsize::MIN, PageSize::system(), Access::Writable).unwrap();
     uffd.register(&reservation, RegisterMode::MISSING).unwrap();
-    reservation.inherit_on_fork().unwrap();
+    reservation.inherit_on_fork(Arc::new(ForkWindow::new(None).unwrap())).unwrap();
     let mut batch = Batch::with_capacity(4);
     let (child, process) = thread::scope(|scope| {
         // SAFETY: the child makes two system calls and nothing else.
@@ -322,7 +323,7 @@ fn a_read_of_a_forked_childs_uffd_does_not_wait() {
         let child = loop {
             batch.read(&uffd, PageSize::system()).unwrap();
             match batch.take_events().next() {
-                Some(Event::Fork { child }) => break child,
+                Some(Event::Fork { child, .. }) => break child,
                 _ => thread::yield_now(),
             }
         };

@@ -346,10 +346,16 @@ impl AnyRegion {
     /// Lets forked children inherit the range, if the region serves them.
     pub(super) fn show_to_children(&self) -> Result<(), Error> {
         match (&self.served.children, &self.served.target) {
-            (Some(_), Target::Owned(reservation)) => reservation.inherit_on_fork().map_err(|errno| {
-                let name = self.name();
-                Error::refused(format!("region {name}: cannot let forked children inherit its range"), errno)
-            }),
+            (Some(children), Target::Owned(reservation)) => {
+                let inherited = reservation.inherit_on_fork(Arc::clone(children.window()));
+                inherited.map_err(|errno| {
+                    let name = self.name();
+                    Error::refused(
+                        format!("region {name}: cannot let forked children inherit its range"),
+                        errno,
+                    )
+                })
+            }
             _ => Ok(()),
         }
     }

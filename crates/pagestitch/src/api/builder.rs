@@ -434,9 +434,11 @@ impl<S> Builder<S> {
     /// * **Parent killed**, or ended without dropping the region: touching an absent page in a
     ///   child blocks until the child ends, and later calls of `read_at` and `populate` fail. To make this
     ///   possible, children inherit a socket in which their userfaultfds are in flight. A child
-    ///   that closes unknown descriptors (`close_range(2)`) reads zeros in that case, as does a
-    ///   child that is being forked at the moment its parent is killed. A child that must not block
-    ///   has to watch for its parent's end itself, by a pidfd: `getppid(2)` changes a moment before.
+    ///   that closes unknown descriptors (`close_range(2)`) reads zeros in that case. `fork(2)` returns
+    ///   in a child when its userfaultfd is there; if the parent was killed before, each access to the
+    ///   region is SIGSEGV. (A child of a raw `clone(2)`, for which no fork handler runs, may read zeros
+    ///   then.) A child that must not block has to watch for its parent's end itself, by a pidfd:
+    ///   `getppid(2)` changes a moment before.
     /// * **Descriptors.** Each live child takes one descriptor of this process. The region takes
     ///   seven, and two more for each 128 children that live at the same time. A child that finds
     ///   none left (`ulimit -n`) gets its absent pages poisoned, which is logged; the region keeps
@@ -462,7 +464,7 @@ impl<S> Builder<S> {
     /// all of its bytes, so that these are not in memory twice.
     ///
     /// Default: buffers of the standard library (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, `String`, arrays) are
-    /// dropped so by a read-only [`Region`](crate::Region) of a [`Pool`](crate::Pool) or a
+    /// dropped so by a read-only [`Region`] of a [`Pool`](crate::Pool) or a
     /// [`Manual`](crate::Manual), without [`budget`](Self::budget), [`capacity`](Self::capacity),
     /// [`inherit_on_fork`](Self::inherit_on_fork) and [`report_discards(true)`](Self::report_discards),
     /// because only `unsafe` code discards a page of it. Other regions keep all sources until their drop.

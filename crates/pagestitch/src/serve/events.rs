@@ -10,7 +10,6 @@ use crate::space::target::{Busy, Foreign};
 use crate::space::{DiscardNotice, Target};
 use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Fault, FaultKind, Features, Uffd};
 use std::ops::Deref;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
@@ -103,12 +102,10 @@ impl Served {
             match event {
                 Event::Remove { start, end } | Event::Unmap { start, end } => self.on_discard(start, end),
                 Event::Remap { from, to, bytes } => self.moved(shard, (from, to, bytes), defer),
-                Event::Fork { child } => {
+                Event::Fork { child, kept } => {
                     self.children.iter().for_each(|children| children.reset_shortage());
-                    let keep =
-                        |children: &Arc<ForkedChildren>| children.keep(child.as_fd(), first_page(self));
-                    let kept = self.children.as_ref().is_none_or(keep);
-                    let event = if read == ReadOutcome::OneTooMany || !kept {
+                    let is_served = kept || self.children.is_none();
+                    let event = if read == ReadOutcome::OneTooMany || !is_served {
                         Err(DeferredEvent::Child(child))
                     } else {
                         defer(DeferredEvent::Child(child))
@@ -148,7 +145,11 @@ impl Served {
 
     fn read(&self, shard: usize, batch: &mut Batch) -> ReadOutcome {
         let uffd = self.uffd.get(shard);
-        match batch.read(uffd, self.page_size()) {
+        let read = |batch: &mut Batch| match &self.children {
+            Some(children) => children.read(batch, (uffd, self.page_size()), first_page(self)),
+            None => batch.read(uffd, self.page_size()),
+        };
+        match read(batch) {
             Ok(()) => ReadOutcome::All,
             // The event of a child carries a descriptor. Until one is free, the parent waits in
             // fork(2), and so do all faults.
@@ -157,7 +158,7 @@ impl Served {
                 let room = |children: &Arc<ForkedChildren>| {
                     children.note_shortage() && !self.orphans.have_children() && children.close_spare()
                 };
-                match self.children.as_ref().is_some_and(room).then(|| batch.read(uffd, self.page_size())) {
+                match self.children.as_ref().is_some_and(room).then(|| read(batch)) {
                     Some(Ok(())) => ReadOutcome::OneTooMany,
                     _ => ReadOutcome::Nothing,
                 }

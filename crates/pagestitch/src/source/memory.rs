@@ -139,10 +139,10 @@ impl Memory {
 
     /// Lets [`release`](Self::release) drop this share of owned bytes. False for bytes that are not `which`.
     pub(crate) fn make_releasable(&mut self, which: Releasables) -> bool {
-        let bytes = match (&self.bytes, which) {
-            (Stable::Buffer(bytes), _) | (Stable::Owned(bytes), Releasables::Owned) => bytes,
-            _ => return false,
-        };
+        let (Stable::Buffer(bytes) | Stable::Owned(bytes)) = &self.bytes else { return false };
+        if which == Releasables::Buffers && matches!(self.bytes, Stable::Owned(_)) {
+            return false;
+        }
         let len = bytes.len();
         self.bytes = Stable::Releasable(Arc::new(Owned { bytes: Releasable::new(bytes.clone()), len }));
         true

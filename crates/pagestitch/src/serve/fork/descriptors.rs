@@ -1,14 +1,14 @@
 //! The descriptors for a region's children: the userfaultfds that are kept open for them, and a
 //! reserve for further children.
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use pagestitch_kernel::fd_queue::FdQueue;
+use pagestitch_kernel::fork_window::ForkWindow;
 use pagestitch_kernel::process::Process;
-use pagestitch_kernel::{AddressRange, Errno, Uffd};
-use std::os::fd::{AsFd, BorrowedFd};
+use pagestitch_kernel::{AddressRange, Batch, Errno, PageSize, Uffd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
 
 /// The descriptors of all children of a region.
 #[derive(Debug)]
@@ -26,9 +26,9 @@ pub(crate) struct Descriptors {
     /// outlive this process. A socket holds some hundreds. The next socket is created before it is
     /// needed, so that each child has inherited the socket that holds its userfaultfd.
     kept: [OnceLock<FdQueue>; KEPT],
-    /// This process, for its children to poll. `None` where the kernel or a container has no pidfds: a child
-    /// cannot tell then that its server has ended.
-    server: Option<Process>,
+    /// A child waits in it until its userfaultfd is kept. It has a pidfd of this process; where the kernel
+    /// or a container has none, a child cannot tell that its server has ended.
+    window: Arc<ForkWindow>,
 }
 
 impl Descriptors {
@@ -36,21 +36,37 @@ impl Descriptors {
         let spare = (0..SPARE).map(|_| EventFd::new()).collect::<Result<_, _>>().map_err(Errno::of)?;
         let kept = [const { OnceLock::new() }; KEPT];
         let _ = kept[0].set(FdQueue::new()?);
-        Ok(Self {
-            spare: StdMutex::new(spare),
-            short: AtomicUsize::new(0),
-            kept,
-            server: match Process::open(std::process::id()) {
-                Err(errno) if errno.is_transient() => return Err(errno),
-                opened => opened.ok(),
-            },
-        })
+        let server = match Process::open(std::process::id()) {
+            Err(errno) if errno.is_transient() => return Err(errno),
+            opened => opened.ok().map(Process::into_fd),
+        };
+        let window = Arc::new(ForkWindow::new(server)?);
+        Ok(Self { spare: StdMutex::new(spare), short: AtomicUsize::new(0), kept, window })
+    }
+
+    /// The window that the children of the region wait in.
+    pub(crate) const fn window(&self) -> &Arc<ForkWindow> {
+        &self.window
+    }
+
+    /// Reads events of the region or of a child, and [keeps](Self::keep) the userfaultfds of new children,
+    /// before these children run. `first` is an address range of the region.
+    pub(crate) fn read(
+        &self,
+        batch: &mut Batch,
+        (uffd, page): (&Uffd, PageSize),
+        first: AddressRange,
+    ) -> Result<(), Errno> {
+        let _inside = self.window.enter();
+        let read = batch.read(uffd, page);
+        batch.keep_children(|child| self.keep(child, first));
+        read
     }
 
     /// Keeps a child's userfaultfd open as long as the child lives, even if this process ends,
     /// because closing it would show zeros to the child. False if no socket has room. Allocates
     /// nothing. `first` is an address range of the region.
-    pub(crate) fn keep(&self, child: BorrowedFd<'_>, first: AddressRange) -> bool {
+    fn keep(&self, child: BorrowedFd<'_>, first: AddressRange) -> bool {
         let queues = || self.kept.iter().filter_map(OnceLock::get);
         let put = |queue: &FdQueue| {
             // Checks two kept ones for each new one, so that ended children are found in time.
@@ -79,11 +95,7 @@ impl Descriptors {
 
     /// In a child: true if the process that serves it has ended.
     pub(crate) fn has_no_server(&self) -> bool {
-        let ended = |server: &Process| {
-            let mut polled = [PollFd::new(server.as_fd(), PollFlags::POLLIN)];
-            poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ended| ended > 0)
-        };
-        self.server.as_ref().is_some_and(ended)
+        self.window.server_has_ended()
     }
 
     /// Called when no descriptor is left for a child. True if the shortage has lasted so long that

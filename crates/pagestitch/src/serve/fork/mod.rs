@@ -13,7 +13,8 @@
 //!
 //! If the parent's process ended first, the kernel would close the children's uffds, and absent
 //! pages would read as zeros. So the uffds are also in flight in a socket that the children have
-//! inherited: a child that touches an absent page then waits forever.
+//! inherited: a child that touches an absent page then waits forever. A child whose uffd is not there
+//! yet waits in a fork handler ([`ForkWindow`](pagestitch_kernel::fork_window::ForkWindow)).
 
 mod children;
 mod descriptors;

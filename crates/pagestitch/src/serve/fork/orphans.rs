@@ -10,7 +10,6 @@ use crate::serve::fork::{Descriptors, first_page};
 use crate::serve::rate_limit::RateLimit;
 use crate::space::Mapping;
 use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Outcome, Page, Span, Uffd};
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -113,13 +112,9 @@ impl Orphans {
             }
             // The children of an orphan are orphans too.
             let born = batch.take_events().filter_map(|event| match event {
-                Event::Fork { child } => {
-                    let keep = |children: &Descriptors| children.keep(child.as_fd(), first_page(region));
-                    // This process must not end before the child is poisoned. Without room for its
-                    // descriptor, nothing can be done.
-                    let _ = children.map(keep);
-                    Some(Orphan::new(OrphanKind::Child(child)))
-                }
+                // This process must not end before the child is poisoned. If its userfaultfd is not
+                // kept, because there is no room for the descriptor, nothing can be done.
+                Event::Fork { child, kept: _ } => Some(Orphan::new(OrphanKind::Child(child))),
                 _ => None,
             });
             orphans.extend(born);
@@ -223,12 +218,16 @@ impl Orphan {
         match &self.kind {
             OrphanKind::Region { .. } => Remaining::Blocked,
             OrphanKind::Child(uffd) => {
-                let read = batch.read(uffd, region.page_size());
+                let mut read = || match children {
+                    Some(children) => children.read(batch, (uffd, region.page_size()), first_page(region)),
+                    None => batch.read(uffd, region.page_size()),
+                };
+                let first = read();
                 // If there is no descriptor for a child of this child either, read again in a
                 // moment.
-                let is_short = matches!(read, Err(Errno::EMFILE | Errno::ENFILE));
+                let is_short = matches!(first, Err(Errno::EMFILE | Errno::ENFILE));
                 if is_short && children.is_some_and(|children| children.close_spare()) {
-                    let _ = batch.read(uffd, region.page_size());
+                    let _ = read();
                 }
                 Remaining::Some
             }
