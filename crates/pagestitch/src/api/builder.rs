@@ -463,8 +463,8 @@ impl<S> Builder<S> {
     /// Drops each source in owned memory (`Vec<u8>`, `Bytes`, [`Memory::new`]) as soon as the region has
     /// all of its bytes, so that these are not in memory twice.
     ///
-    /// Default: buffers of the standard library (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, `String`, arrays) are
-    /// dropped so by a read-only [`Region`] of a [`Pool`](crate::Pool) or a
+    /// Default: buffers of the standard library (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, `String`, arrays) with a
+    /// page of bytes or more are dropped so by a read-only [`Region`] of a [`Pool`](crate::Pool) or a
     /// [`Manual`](crate::Manual), without [`budget`](Self::budget), [`capacity`](Self::capacity),
     /// [`inherit_on_fork`](Self::inherit_on_fork) and [`report_discards(true)`](Self::report_discards),
     /// because only `unsafe` code discards a page of it. Other regions keep all sources until their drop.

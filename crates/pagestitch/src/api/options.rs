@@ -6,7 +6,7 @@ use crate::reclaim::Budget;
 use crate::serve::{Demands, Server};
 use crate::source::Releasables;
 use crate::space::{RecordFor, ServeOptions};
-use pagestitch_kernel::Access;
+use pagestitch_kernel::{Access, PageSize};
 
 /// All options of a builder. The defaults are those of [`Builder`](crate::Builder).
 #[derive(Debug)]
@@ -87,7 +87,7 @@ impl Options {
             Some(false) => None,
             None => {
                 let releases = self.is_never_discarded() && !server.inner().is_in_handler();
-                releases.then_some(Releasables::Buffers)
+                releases.then_some(Releasables::Buffers { least: PageSize::system().bytes() })
             }
         }
     }

@@ -9,7 +9,7 @@ use pagestitch_kernel::revocable::{RevocableGuard, RevocableSlice};
 use std::any::Any;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
-use std::{fmt, io};
+use std::{fmt, io, mem};
 
 /// Bytes in this process's memory, kept alive for as long as a region needs them.
 ///
@@ -59,8 +59,9 @@ struct Owned {
 /// The memory that a region releases when it has all of its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Releasables {
-    /// Buffers of the standard library, because their drop runs no code of the application.
-    Buffers,
+    /// Buffers of the standard library that have at least so many bytes. Their drop runs no code of the
+    /// application. To watch a smaller one costs more than it frees.
+    Buffers { least: usize },
     /// All owned memory.
     Owned,
 }
@@ -137,15 +138,25 @@ impl Memory {
         Some(start..start + bytes.len())
     }
 
-    /// Lets [`release`](Self::release) drop this share of owned bytes. False for bytes that are not `which`.
-    pub(crate) fn make_releasable(&mut self, which: Releasables) -> bool {
-        let (Stable::Buffer(bytes) | Stable::Owned(bytes)) = &self.bytes else { return false };
-        if which == Releasables::Buffers && matches!(self.bytes, Stable::Owned(_)) {
-            return false;
+    /// True if the memory is some of `which`.
+    pub(crate) fn can_release(&self, which: Releasables) -> bool {
+        match (&self.bytes, which) {
+            (Stable::Buffer(_) | Stable::Owned(_), Releasables::Owned) => true,
+            (Stable::Buffer(bytes), Releasables::Buffers { least }) => bytes.len() >= least,
+            _ => false,
         }
-        let len = bytes.len();
-        self.bytes = Stable::Releasable(Arc::new(Owned { bytes: Releasable::new(bytes.clone()), len }));
-        true
+    }
+
+    /// Lets [`release`](Self::release) drop this share of owned bytes.
+    pub(crate) fn make_releasable(&mut self) {
+        // Moved, because a clone would allocate.
+        self.bytes = match mem::replace(&mut self.bytes, Stable::Static(&[])) {
+            Stable::Buffer(bytes) | Stable::Owned(bytes) => {
+                let len = bytes.len();
+                Stable::Releasable(Arc::new(Owned { bytes: Releasable::new(bytes), len }))
+            }
+            other => other,
+        };
     }
 
     /// Drops the bytes, unless a thread reads them. Their destructor runs in this thread.

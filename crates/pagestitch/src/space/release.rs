@@ -29,8 +29,8 @@ use std::ops::Range;
 #[derive(Debug)]
 pub(crate) struct Releases {
     page: PageSize,
-    /// The chunks of each source that can be released, ascending, source by source.
-    chunks: Vec<u32>,
+    /// The chunks of each source, ascending, source by source. `None` if the layout has them in this order.
+    chunks: Option<Vec<u32>>,
     /// An entry for each source of the layout.
     sources: Vec<Watched>,
 }
@@ -38,7 +38,7 @@ pub(crate) struct Releases {
 /// The pages of a source.
 #[derive(Debug)]
 struct Watched {
-    /// The chunks of the source, in [`Releases::chunks`].
+    /// The indices of its chunks, for [`Releases::chunk`].
     chunks: Range<usize>,
     /// A page of the source that is missing, or was until a moment ago; [`ANY`] or [`NONE`].
     page: AtomicUsize,
@@ -47,24 +47,26 @@ struct Watched {
 impl Releases {
     /// Makes memory of a layout releasable. `None` if it has none.
     pub(crate) fn new(layout: &mut Layout, which: Releasables, page: PageSize) -> Option<Self> {
-        let releasable = layout.make_releasable(which);
-        let of = |chunk: &u32| layout.source_of(*chunk as usize);
-        let mut chunks: Vec<u32> =
-            (0..layout.chunks() as u32).filter(|chunk| releasable[of(chunk)]).collect();
-        // Stable: the chunks of a source stay in order.
-        chunks.sort_by_key(of);
+        let releasable = layout.make_releasable(which)?;
+        let (counts, chunks) = by_source(layout, releasable.len());
+        let mut releases = Self { page, chunks, sources: Vec::with_capacity(releasable.len()) };
         let mut first = 0;
-        let sources = (0..releasable.len()).map(|source| {
-            let own = chunks[first..].partition_point(|chunk| of(chunk) == source);
-            let range = first..first + own;
-            first = range.end;
-            let watched = chunks[range.clone()].first();
-            let watched =
-                watched.map_or(NONE, |&chunk| page.page_at(layout.offsets_of(chunk as usize).start).0);
-            Watched { chunks: range, page: AtomicUsize::new(watched) }
-        });
-        let sources = sources.collect();
-        (!chunks.is_empty()).then_some(Self { page, chunks, sources })
+        for (count, releases_source) in counts.into_iter().zip(releasable) {
+            let chunks = first..first + count;
+            first = chunks.end;
+            let watched = if releases_source && count > 0 {
+                page.page_at(layout.offsets_of(releases.chunk(chunks.start)).start).0
+            } else {
+                NONE
+            };
+            releases.sources.push(Watched { chunks, page: AtomicUsize::new(watched) });
+        }
+        Some(releases)
+    }
+
+    /// The chunk at an index of a [source's](Watched::chunks).
+    fn chunk(&self, index: usize) -> usize {
+        self.chunks.as_ref().map_or(index, |chunks| chunks[index] as usize)
     }
 
     /// Releases the sources with bytes in `span` whose pages are all present. Called by each thread
@@ -73,7 +75,7 @@ impl Releases {
     /// Destructors of sources run here, so the caller holds no claim.
     pub(crate) fn look_at(&self, layout: &Layout, pages: &PageTable, span: Span) -> u64 {
         let mut released = 0;
-        for chunk in layout.chunks_in(&self.page.offsets(span)) {
+        for chunk in layout.few_chunks_in(&self.page.offsets(span)) {
             let source = layout.source_of(chunk);
             let watched = &self.sources[source].page;
             let page = watched.load(Ordering::SeqCst);
@@ -88,8 +90,7 @@ impl Releases {
     #[inline(never)]
     fn look_on(&self, layout: &Layout, pages: &PageTable, source: usize) -> u64 {
         let Watched { chunks, page: watched } = &self.sources[source];
-        let chunks = &self.chunks[chunks.clone()];
-        let missing = |from| self.first_missing(layout, pages, chunks, from);
+        let missing = |from| self.first_missing(layout, pages, chunks.clone(), from);
         let mut from = Page(watched.load(Ordering::SeqCst));
         while let Some(page) = missing(from).or_else(|| missing(Page(0))) {
             watched.store(page.0, Ordering::SeqCst);
@@ -111,15 +112,51 @@ impl Releases {
         }
     }
 
-    /// The first page from `from` on that has bytes of one of these chunks and is not present.
-    fn first_missing(&self, layout: &Layout, pages: &PageTable, chunks: &[u32], from: Page) -> Option<Page> {
-        let span = |chunk: &u32| self.page.covering(&layout.offsets_of(*chunk as usize));
-        let next = chunks.partition_point(|chunk| span(chunk).end() <= from);
-        chunks[next..].iter().find_map(|chunk| {
-            let span = span(chunk);
+    /// The first page from `from` on that has bytes of one of a source's chunks and is not present.
+    fn first_missing(
+        &self,
+        layout: &Layout,
+        pages: &PageTable,
+        chunks: Range<usize>,
+        from: Page,
+    ) -> Option<Page> {
+        let span = |index| self.page.covering(&layout.offsets_of(self.chunk(index)));
+        let next = first_index(chunks.clone(), |index| span(index).end() > from);
+        (next..chunks.end).find_map(|index| {
+            let span = span(index);
             pages.first_missing(span.without_prefix(from.0.saturating_sub(span.first.0)))
         })
     }
+}
+
+/// The number of chunks of each source; and all chunks, source by source, if their order in the layout
+/// differs.
+fn by_source(layout: &Layout, sources: usize) -> (Vec<usize>, Option<Vec<u32>>) {
+    // One memory cut into millions of parts.
+    if sources == 1 {
+        return (vec![layout.chunks()], None);
+    }
+    let (mut counts, mut last, mut in_order) = (vec![0; sources], 0, true);
+    for source in (0..layout.chunks()).map(|chunk| layout.source_of(chunk)) {
+        counts[source] += 1;
+        (in_order, last) = (in_order && last <= source, source);
+    }
+    let sorted = || {
+        let mut chunks: Vec<u32> = (0..layout.chunks() as u32).collect();
+        // Stable: the chunks of a source stay in order.
+        chunks.sort_by_key(|&chunk| layout.source_of(chunk as usize));
+        chunks
+    };
+    (counts, (!in_order).then(sorted))
+}
+
+/// The first index for which a predicate holds, if it holds for all indices after one for which it does.
+fn first_index(Range { mut start, mut end }: Range<usize>, holds: impl Fn(usize) -> bool) -> usize {
+    while start < end {
+        let middle = start.midpoint(end);
+        (start, end) = if holds(middle) { (start, middle) } else { (middle + 1, end) };
+    }
+    start
 }
 
 /// Watches any page, because all are present and a thread was inside the source: no page has this
@@ -176,7 +213,7 @@ mod models {
             let mut layout = LayoutBuilder::default();
             layout.push(Chunk::from(vec![7; pages * PAGE.bytes()])).unwrap();
             let mut layout = layout.finish(false).unwrap();
-            let releases = Releases::new(&mut layout, Releasables::Buffers, PAGE).unwrap();
+            let releases = Releases::new(&mut layout, Releasables::Owned, PAGE).unwrap();
             let pages = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
             Arc::new(Self { layout, pages, releases })
         }
