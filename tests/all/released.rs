@@ -110,6 +110,8 @@ fn a_region_that_only_reads_releases_buffers_without_being_asked() {
     let (server, manual) = (pool(), Manual::new().unwrap());
     let build = |builder: Builder| all_owners(builder).build(&server).unwrap();
     assert_eq!(kept(&build(Region::builder())), (2 * PAGE as u64, 5 * PAGE as u64));
+    let small = Region::builder().chunks([vec![7u8; PAGE - 1], vec![7u8; PAGE]]).build(&server).unwrap();
+    assert_eq!(kept(&small), (PAGE as u64 - 1, PAGE as u64));
     assert_eq!(kept(&build(Region::builder().report_discards(false))), (2 * PAGE as u64, 5 * PAGE as u64));
     let by_a_loop = all_owners(Region::builder()).build(&manual).unwrap();
     assert_eq!(kept(&by_a_loop), (2 * PAGE as u64, 5 * PAGE as u64));

@@ -38,11 +38,13 @@ pub struct Memory {
 
 #[derive(Clone)]
 enum Stable {
+    /// Bytes in a buffer of the standard library, whose drop runs no code of the application.
+    ///
     /// Invariant: the address never changes, because the owner is neither moved nor accessed until
     /// the last clone is dropped.
-    Owned(Bytes),
-    /// As `Owned`, in a buffer of the standard library: its drop runs no code of the application.
     Buffer(Bytes),
+    /// As `Buffer`, of an owner of any kind.
+    Owned(Bytes),
     /// Bytes of the program itself, which no owner frees.
     Static(&'static [u8]),
     Lent(RevocableSlice),

@@ -23,6 +23,8 @@ pub(crate) struct LayoutBuilder {
     units: Vec<u8>,
     /// The sources so far by their identity, because several chunks share one.
     known: HashMap<Identity, u32, BuildHasherDefault<IdentityHasher>>,
+    /// The last chunk's, which the next chunk often shares.
+    last: Option<(Identity, u32)>,
     total: u64,
     padding: Vec<u32>,
     policies: Vec<(Range<usize>, OnFailure)>,
@@ -135,7 +137,7 @@ impl LayoutBuilder {
 
     fn source_index(&mut self, backing: Backing) -> Result<u32, Error> {
         let identity = backing.identity();
-        if let Some(&known) = identity.and_then(|identity| self.known.get(&identity)) {
+        if let Some(known) = identity.and_then(|identity| self.known_source(identity)) {
             return Ok(known);
         }
         let index =
@@ -150,8 +152,17 @@ impl LayoutBuilder {
         self.sources.push(backing);
         if let Some(identity) = identity {
             self.known.insert(identity, index);
+            self.last = Some((identity, index));
         }
         Ok(index)
+    }
+
+    /// The number of a source that an earlier chunk has.
+    fn known_source(&mut self, identity: Identity) -> Option<u32> {
+        let last = self.last.filter(|(last, _)| *last == identity).map(|(_, source)| source);
+        let source = last.or_else(|| self.known.get(&identity).copied())?;
+        self.last = Some((identity, source));
+        Some(source)
     }
 }
 
