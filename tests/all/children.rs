@@ -423,6 +423,29 @@ fn note(folder: &str, name: &str, text: &str) {
     fs::rename(path.with_extension("new"), path).unwrap();
 }
 
+/// As a daemon: a child that closes the descriptors that it does not know, and forks.
+#[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
+fn grandchildren_of_a_child_that_closes_descriptors_are_served() {
+    let end = child::run(this_test!(), || {
+        let bytes = pattern(9, 8 * PAGE);
+        let Some(region) = built(&bytes) else { return };
+        for _ in 0..rounds(300) {
+            passes(forked(|| {
+                (3..200).for_each(|fd| {
+                    let _ = nix::unistd::close(fd);
+                });
+                let grandchild = forked(|| i32::from(region.as_slice() != bytes));
+                i32::from(!grandchild.wait().success())
+            }));
+        }
+    });
+    end.expect_pass();
+}
+
 /// True if a process has ended: it is gone, or a zombie.
 fn has_ended(process: i32) -> bool {
     fs::read_to_string(format!("/proc/{process}/stat")).map_or(true, |stat| stat.contains(") Z "))

@@ -17,8 +17,10 @@
 //! thread that enters again and again makes no child wait forever.
 
 use crate::errno::Errno;
+use crate::fork::ForkGeneration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use nix::sys::stat::fstat;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
@@ -31,7 +33,13 @@ pub struct ForkWindow {
     /// Invariant: a shared mapping of its own for these words, unmapped by the drop alone.
     words: NonNull<[AtomicU32; THREADS]>,
     /// A pidfd of the server. Without it, a child cannot tell that the server has ended.
-    server: Option<OwnedFd>,
+    server: Option<Server>,
+}
+
+struct Server {
+    pidfd: OwnedFd,
+    /// Its file. A child that closes unknown descriptors has none, or another one, at this number.
+    file: (u64, u64),
 }
 
 // SAFETY: the words are atomics, in a mapping that lives as long as the window.
@@ -52,7 +60,9 @@ impl ForkWindow {
         // SAFETY: the kernel chooses the address of a new mapping, which replaces no other.
         #[expect(unsafe_code, reason = "mmap")]
         let words = unsafe { mmap_anonymous(None, BYTES, protection, flags) };
-        Ok(Self { words: words.map_err(Errno::of)?.cast(), server })
+        let words = words.map_err(Errno::of)?.cast();
+        let server = server.and_then(|pidfd| file_of(&pidfd).map(|file| Server { pidfd, file }));
+        Ok(Self { words, server })
     }
 
     /// Enters the window until the answer is dropped. Takes no lock and allocates nothing, because a
@@ -63,52 +73,48 @@ impl ForkWindow {
             let free = !is_inside(state);
             free && word.compare_exchange(state, state + 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
         };
-        InWindow { word: self.words().iter().find(take) }
+        InWindow { word: self.words().iter().find(take), entered_in: ForkGeneration::current() }
     }
 
-    /// True if the server has ended.
+    /// True if the server has ended. False in a child that has closed the inherited pidfd.
     #[must_use]
     pub fn server_has_ended(&self) -> bool {
-        self.ends_within(PollTimeout::ZERO)
+        self.observe(PollTimeout::ZERO) == Some(true)
     }
 
     /// Waits, in a child, until the threads that are inside now have left. False if the server has
     /// ended before.
     pub(crate) fn wait(&self) -> bool {
-        self.wait_for_change(self.states())
+        self.words().iter().all(|word| self.wait_for(word, word.load(Ordering::SeqCst)))
     }
 
-    fn states(&self) -> [u32; THREADS] {
-        self.words().each_ref().map(|word| word.load(Ordering::SeqCst))
-    }
-
-    fn wait_for_change(&self, states: [u32; THREADS]) -> bool {
-        let is_over =
-            |(word, state)| !is_inside(state) || self.server.is_none() || self.wait_for(word, state);
-        self.words().iter().zip(states).all(is_over)
-    }
-
-    fn wait_for(&self, word: &AtomicU32, inside: u32) -> bool {
-        let has_left = || word.load(Ordering::SeqCst) != inside;
+    /// Waits until a word changes, if a thread is inside. False if the server has ended before.
+    fn wait_for(&self, word: &AtomicU32, state: u32) -> bool {
+        let is_over = || !is_inside(state) || word.load(Ordering::SeqCst) != state;
         for look in 0.. {
-            if has_left() {
+            if is_over() {
                 break;
             }
-            let patience = if look < LOOKS { PollTimeout::ZERO } else { PollTimeout::from(1u8) };
-            if self.ends_within(patience) {
+            match self.observe(if look < LOOKS { PollTimeout::ZERO } else { PollTimeout::from(1u8) }) {
+                Some(false) => thread::yield_now(),
                 // It may have left before its end.
-                return has_left();
+                Some(true) => return is_over(),
+                // A wait might last forever.
+                None => break,
             }
-            thread::yield_now();
         }
         true
     }
 
-    fn ends_within(&self, timeout: PollTimeout) -> bool {
-        self.server.as_ref().is_some_and(|server| {
-            let mut polled = [PollFd::new(server.as_fd(), PollFlags::POLLIN)];
-            poll(&mut polled, timeout).is_ok_and(|ended| ended > 0)
-        })
+    /// True if the server ends within some time; `None` if this process cannot tell.
+    fn observe(&self, timeout: PollTimeout) -> Option<bool> {
+        let Server { pidfd, file } = self.server.as_ref()?;
+        if file_of(pidfd) != Some(*file) {
+            return None;
+        }
+        let mut polled = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+        let answered = poll(&mut polled, timeout).is_ok_and(|answered| answered > 0);
+        Some(answered && polled[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN)))
     }
 
     fn words(&self) -> &[AtomicU32; THREADS] {
@@ -130,7 +136,7 @@ impl Drop for ForkWindow {
 
 impl fmt::Debug for ForkWindow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ForkWindow").field("words", self.words()).field("server", &self.server).finish()
+        f.debug_struct("ForkWindow").field("words", self.words()).finish_non_exhaustive()
     }
 }
 
@@ -139,14 +145,22 @@ impl fmt::Debug for ForkWindow {
 pub struct InWindow<'w> {
     /// `None` if the window has more threads than words: a child waits for the others only.
     word: Option<&'w AtomicU32>,
+    /// A child that is forked by this thread, in a signal handler, inherits the value.
+    entered_in: ForkGeneration,
 }
 
 impl Drop for InWindow<'_> {
     fn drop(&mut self) {
-        if let Some(word) = self.word {
+        if let Some(word) = self.word.filter(|_| self.entered_in.is_current()) {
             word.fetch_add(1, Ordering::SeqCst);
         }
     }
+}
+
+/// Device and inode of a descriptor's file. Before Linux 6.9 all pidfds have the same, as files of a few
+/// other kinds. `None` if the descriptor is closed.
+fn file_of(fd: &OwnedFd) -> Option<(u64, u64)> {
+    fstat(fd).ok().map(|file| (file.st_dev, file.st_ino))
 }
 
 const fn is_inside(state: u32) -> bool {
@@ -184,10 +198,9 @@ mod tests {
         let (window, server) = window();
         assert!(window.wait() && !window.server_has_ended());
         let (inside, waits) = ([window.enter(), window.enter()], AtomicBool::new(true));
-        let states = window.states();
         thread::scope(|scope| {
             let child = scope.spawn(|| {
-                let left = window.wait_for_change(states);
+                let left = window.words()[..2].iter().all(|word| window.wait_for(word, 1));
                 waits.store(false, Ordering::SeqCst);
                 left
             });

@@ -22,7 +22,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use std::{process, thread};
+use std::{io, process, thread};
 
 /// The hidden ranges and those set aside.
 struct Ranges {
@@ -38,7 +38,7 @@ struct Hidden {
     /// The parts that children do inherit, because something is shown there in place. Ascending.
     shown: Vec<Range<usize>>,
     served: Option<ServedRange>,
-    /// Children inherit the range, and look into this window before they do anything else.
+    /// Children inherit the range, and look into this window before `fork(2)` returns there.
     window: Option<Arc<ForkWindow>>,
 }
 
@@ -280,11 +280,11 @@ extern "C" fn in_child() {
     for (&start, hidden) in guard.iter().flat_map(|ranges| &ranges.hidden) {
         if hidden.window.as_ref().is_none_or(|window| window.wait()) {
             hidden.close(start);
-        } else {
+        } else if !close(&(start..hidden.end)) {
             // No userfaultfd is left, so its missing pages would read as zeros.
-            if !close(&(start..hidden.end)) {
-                process::abort();
-            }
+            let what = b"pagestitch: a forked child cannot close a region whose server has ended: abort\n";
+            let _ = nix::unistd::write(io::stderr(), what);
+            process::abort();
         }
     }
 }
