@@ -25,11 +25,20 @@ static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 /// The watched thread and the number of its allocations.
 static WATCHED: AtomicI32 = AtomicI32::new(0);
 static BY_WATCHED: AtomicUsize = AtomicUsize::new(0);
+/// The thread that holds the lock of the allocator, or 0: other threads wait.
+static HOLDER: AtomicI32 = AtomicI32::new(0);
+
+fn wait_for_lock() {
+    while ![0, gettid().as_raw()].contains(&HOLDER.load(Ordering::SeqCst)) {
+        thread::yield_now();
+    }
+}
 
 // SAFETY: each call is passed to the system's allocator. A counter is added.
 #[expect(unsafe_code, reason = "GlobalAlloc is an unsafe interface")]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        wait_for_lock();
         ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
         if WATCHED.load(Ordering::SeqCst) == gettid().as_raw() {
             BY_WATCHED.fetch_add(1, Ordering::SeqCst);
@@ -39,6 +48,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        wait_for_lock();
         // SAFETY: the caller keeps the contract of `dealloc`, which is the same.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -51,8 +61,10 @@ static ALLOCATOR: Counting = Counting;
 fn a_worker_allocates_nothing_for_a_fault() {
     // In a process of its own, where no other test allocates.
     child::run(this_test!(), || {
+        let by_default = || serve_all_pages(Region::builder());
         let keeps = || serve_all_pages(Region::builder().keep_sources());
         let releases = || serve_all_pages(Region::builder().release_sources());
+        assert!((0..20).any(|_| by_default()), "faults allocate by default");
         assert!((0..20).any(|_| keeps()), "faults allocate");
         assert!((0..20).any(|_| releases()), "faults of sources that are released allocate");
     })
@@ -84,6 +96,27 @@ fn serve_all_pages(builder: Builder) -> bool {
     let after = ALLOCATIONS.load(Ordering::SeqCst);
     println!("{} allocations in the first half, {} in the second", warm - before, after - warm);
     after == warm
+}
+
+/// A signal handler that has interrupted the allocator touches pages, and a collector of garbage may hold
+/// its lock.
+#[test]
+fn a_worker_waits_for_no_allocator_to_free_a_source() {
+    child::run(this_test!(), || {
+        for builder in [Region::builder(), Region::builder().release_sources()] {
+            let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+            let builder = builder.readahead(Readahead::None).chunks((0..64).map(|_| vec![7u8; PAGE]));
+            let region = builder.build(&pool).unwrap();
+            let bytes = region.as_slice();
+            // A worker that starts allocates.
+            assert_eq!(bytes[63 * PAGE], 7);
+            HOLDER.store(gettid().as_raw(), Ordering::SeqCst);
+            let sum: usize = (0..63).map(|page| usize::from(bytes[page * PAGE])).sum();
+            HOLDER.store(0, Ordering::SeqCst);
+            assert_eq!(sum, 63 * 7);
+        }
+    })
+    .expect_pass();
 }
 
 /// A signal handler may interrupt the allocator, so an inline fault must not allocate.

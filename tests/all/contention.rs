@@ -158,16 +158,18 @@ fn an_idle_pool_sleeps_without_a_timeout() {
     });
 }
 
-/// The watchdog has nothing to watch while no worker works.
+/// The watchdog has nothing to watch while no worker works, and the thread that frees sources waits for some.
 #[test]
-fn the_watchdog_of_an_idle_pool_sleeps_without_a_timeout() {
+fn the_other_threads_of_an_idle_pool_sleep_without_a_timeout() {
     let end = child::run(this_test!(), || {
         let pool = Pool::builder().name("idle").start().unwrap();
         let region = Region::builder().chunk(vec![1u8; 4 << 20]).build(&pool).unwrap();
         assert!(region.as_slice().iter().all(|&byte| byte == 1));
         until(|| {
             let calls = system_calls_of("pagestitch");
-            calls.len() == 1 && calls.iter().all(|call| polls_for_ever(call))
+            let [polling, parked] = [polls_for_ever, is_parked_for_ever]
+                .map(|waits| calls.iter().filter(|call| waits(call)).count());
+            (polling, parked, calls.len()) == (1, 1, 2)
         });
     });
     end.expect_pass();
@@ -180,6 +182,11 @@ fn polls_for_ever(call: &str) -> bool {
         .nth(3)
         .and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
     number(call) == Some(nix::libc::SYS_poll) && timeout.is_some_and(|timeout| timeout as i32 == -1)
+}
+
+/// True if a thread waits for another one, without a timeout.
+fn is_parked_for_ever(call: &str) -> bool {
+    number(call) == Some(nix::libc::SYS_futex) && call.split_whitespace().nth(4) == Some("0x0")
 }
 
 /// `/proc/self/task/*/syscall` of the threads of a pool: a number and its arguments.

@@ -7,6 +7,7 @@ use pagestitch::{
     AnyRegion, Budget, BuildOption, Builder, Chunk, Eager, ErrorKind, Inline, Manual, OnFailure, Pool,
     Readahead, Region, Retry, SharedRegion,
 };
+use pagestitch_kernel::{Features, Support};
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
@@ -63,9 +64,14 @@ fn released_sources_leave_one_copy_of_the_bytes() {
         assert_eq!(region.kept_source_bytes(), region.len() as u64);
         let sources = anonymous_mib() - before;
         region.populate(..).unwrap();
-        let populated = anonymous_mib() - before;
+        // A thread of its own frees the sources.
+        let mut populated = 0;
+        until(|| {
+            populated = anonymous_mib() - before;
+            populated <= 64 + 12
+        });
         println!("{sources} MiB of sources, {populated} MiB with the populated region");
-        assert!(sources >= 64 && populated <= 64 + 12, "{sources} MiB became {populated} MiB");
+        assert!(sources >= 64, "{sources} MiB became {populated} MiB");
         assert_eq!((region.kept_source_bytes(), region.metrics().bytes_released), (0, region.len() as u64));
         assert!((0..64).all(|i| region.as_slice()[region.offset_of(i).unwrap() as usize] == i as u8 + 1));
     })
@@ -103,23 +109,26 @@ fn all_owners(builder: Builder) -> Builder {
 #[test]
 fn a_region_that_only_reads_releases_buffers_without_being_asked() {
     let all = 7 * PAGE as u64;
+    // Without poison markers, a page that is swapped out may be taken for a lost one.
+    let buffers = if Support::current().has(Features::POISON) { 5 * PAGE as u64 } else { 0 };
     let kept = |region: &AnyRegion| {
         region.populate(..).unwrap();
         (region.kept_source_bytes(), region.metrics().bytes_released)
     };
     let (server, manual) = (pool(), Manual::new().unwrap());
     let build = |builder: Builder| all_owners(builder).build(&server).unwrap();
-    assert_eq!(kept(&build(Region::builder())), (2 * PAGE as u64, 5 * PAGE as u64));
+    assert_eq!(kept(&build(Region::builder())), (all - buffers, buffers));
     let small = Region::builder().chunks([vec![7u8; PAGE - 1], vec![7u8; PAGE]]).build(&server).unwrap();
-    assert_eq!(kept(&small), (PAGE as u64 - 1, PAGE as u64));
-    assert_eq!(kept(&build(Region::builder().report_discards(false))), (2 * PAGE as u64, 5 * PAGE as u64));
+    assert_eq!(kept(&small), (2 * PAGE as u64 - 1 - buffers / 5, buffers / 5));
     let by_a_loop = all_owners(Region::builder()).build(&manual).unwrap();
-    assert_eq!(kept(&by_a_loop), (2 * PAGE as u64, 5 * PAGE as u64));
+    assert_eq!(kept(&by_a_loop), (all - buffers, buffers));
     assert_eq!(kept(&build(Region::builder().keep_sources().release_sources())), (0, all));
     // Where an application can have reasons to discard a page, it is filled again.
     assert_eq!(kept(&build(Region::builder().release_sources().keep_sources())), (all, 0));
     assert_eq!(kept(&build(Region::builder().writable())), (all, 0));
-    assert_eq!(kept(&build(Region::builder().report_discards(true))), (all, 0));
+    for reports in crate::REPORTS {
+        assert_eq!(kept(&build(Region::builder().report_discards(reports))), (all, 0));
+    }
     assert_eq!(kept(&build(Region::builder().capacity(1 << 20))), (all, 0));
     let budget = Budget::bytes(64 << 20).unwrap();
     assert_eq!(kept(&build(Region::builder().budget(&budget))), (all, 0));
@@ -143,7 +152,8 @@ fn bytes_are_replaced_while_sources_are_released() {
     }
     assert_eq!(drops.load(Ordering::SeqCst), 0);
     region.populate(..).unwrap();
-    assert!(drops.load(Ordering::SeqCst) == 2 && region.as_slice() == expected);
+    until(|| drops.load(Ordering::SeqCst) == 2);
+    assert!(region.as_slice() == expected);
     // After it.
     region.replace(0..(2 * PAGE) as u64, vec![8u8; 2 * PAGE]).unwrap();
     region.discard((6 * PAGE) as u64..(7 * PAGE) as u64).unwrap();
@@ -202,9 +212,10 @@ fn a_source_is_kept_until_the_pages_that_it_shares_are_present() {
     region.populate(4096..4097).unwrap();
     assert_eq!(dropped(), [0, 0, 0]);
     region.populate(0..1).unwrap();
-    assert_eq!(dropped(), [1, 1, 0], "pages 0 and 1 have all of their bytes");
+    // Pages 0 and 1 have all of their bytes.
+    until(|| dropped() == [1, 1, 0]);
     region.populate(8192..8193).unwrap();
-    assert_eq!(dropped(), [1, 1, 1]);
+    until(|| dropped() == [1, 1, 1]);
     assert!(region.as_slice() == bytes);
 }
 
@@ -222,7 +233,8 @@ fn a_source_of_several_chunks_is_released_after_the_last_one() {
         assert_eq!(drops.load(Ordering::SeqCst), 0, "before page {page}");
         region.populate((page * PAGE) as u64..(page * PAGE + 1) as u64).unwrap();
     }
-    assert_eq!(drops.load(Ordering::SeqCst), 1, "the hole does not count");
+    // The hole does not count.
+    until(|| drops.load(Ordering::SeqCst) == 1);
     let first = |page: usize| region.as_slice()[page * PAGE];
     assert_eq!(
         [0, 1, 2, 3, 4, 5].map(first),
@@ -240,10 +252,12 @@ fn each_region_releases_its_own_share_of_a_source() {
     let owners = || Arc::strong_count(&shared);
     assert_eq!(owners(), 4);
     first.populate(..).unwrap();
-    assert_eq!((owners(), second.kept_source_bytes()), (3, 5 * PAGE as u64));
+    until(|| owners() == 3);
+    assert_eq!(second.kept_source_bytes(), 5 * PAGE as u64);
     second.populate(..).unwrap();
     keeping.populate(..).unwrap();
-    assert_eq!(owners(), 2, "one region keeps its sources");
+    // One region keeps its sources.
+    until(|| owners() == 2);
     for region in [&first, &second, &keeping] {
         assert!(*region.as_slice() == *shared);
     }
@@ -261,7 +275,7 @@ fn a_source_beside_a_failing_one_is_released_after_the_retry() {
     assert_eq!((drops.load(Ordering::SeqCst), region.failures().len()), (0, 1));
     failing.repair();
     match region.retry_failed(..) {
-        Ok(()) => assert_eq!(drops.load(Ordering::SeqCst), 1),
+        Ok(()) => until(|| drops.load(Ordering::SeqCst) == 1),
         Err(error) => assert_eq!(error.kind(), ErrorKind::Unsupported, "before Linux 6.6: {error}"),
     }
 }
@@ -484,9 +498,9 @@ fn pages_that_are_discarded_while_their_source_is_released_are_bytes_or_an_error
         let lost = (0..TOTAL + edge).step_by(PAGE).filter(|&offset| is_lost(&region, offset)).count();
         // A lost page keeps the other source that it shares.
         until(|| edge > 0 && lost > 0 || region.kept_source_bytes() == 0);
-        let dropped: usize = drops.iter().map(|drops| drops.load(Ordering::SeqCst)).sum();
+        let dropped = || drops.iter().map(|drops| drops.load(Ordering::SeqCst)).sum::<usize>();
         let released = region.metrics().bytes_released as usize;
-        assert_eq!(released, dropped * PAGES * PAGE, "each is dropped once");
+        until(|| dropped() * PAGES * PAGE == released);
         assert_eq!(released + region.kept_source_bytes() as usize, TOTAL);
         all_lost += lost;
     }

@@ -358,15 +358,20 @@ impl Reservation {
     ///
     /// # Errors
     ///
-    /// The errno of `madvise(2)`: `EINVAL` for locked pages.
+    /// The errno of `madvise(2)`: `EINVAL` for locked pages. `EOPNOTSUPP` before Linux 5.4.
     pub fn check_unlocked(&self, span: Span) -> Result<(), Errno> {
         let range = self.addresses(span);
         // Refused in the same mappings as MADV_DONTNEED.
-        // SAFETY: the pages are those of an owned mapping. The kernel only makes them the first that it
-        // reclaims.
-        #[expect(unsafe_code, reason = "madvise")]
-        let answer = unsafe { libc::madvise(range.start() as *mut c_void, range.bytes(), libc::MADV_COLD) };
-        Errno::result(answer).map(drop)
+        let advise = |bytes| {
+            // SAFETY: the pages are those of an owned mapping. The kernel only makes them the first that
+            // it reclaims.
+            #[expect(unsafe_code, reason = "madvise")]
+            let answer = unsafe { libc::madvise(range.start() as *mut c_void, bytes, libc::MADV_COLD) };
+            Errno::result(answer).map(drop)
+        };
+        // Of no bytes, only an advice is refused that the kernel does not know.
+        advise(0).map_err(|_| Errno::EOPNOTSUPP)?;
+        advise(range.bytes())
     }
 
     /// Drops the pages of a span: they are missing afterwards.

@@ -80,7 +80,7 @@ impl Split {
 }
 
 /// Discards the whole pages inside a range of a region (`madvise(MADV_DONTNEED)`). The region fills them
-/// again when they are touched.
+/// again when they are touched, if it is built with `keep_sources()`; else a touch may be SIGBUS.
 ///
 /// # Panics
 ///
@@ -100,8 +100,8 @@ pub fn discard_shared(region: &SharedRegion, bytes: Range<usize>) {
 
 fn discard_pages(pages: Option<(NonNull<libc::c_void>, usize)>) {
     let Some((address, bytes)) = pages else { return };
-    // SAFETY: discards pages of a region, which are filled again when they are touched. Until then a read
-    // waits.
+    // SAFETY: discards pages of a region, which are filled with the same bytes when they are touched, or a
+    // touch is a signal. Until then a read waits.
     #[expect(unsafe_code, reason = "madvise")]
     let _ = unsafe { madvise(address, bytes, MmapAdvise::MADV_DONTNEED) };
 }

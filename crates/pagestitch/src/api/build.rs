@@ -21,6 +21,7 @@ use crate::policy::{Blocks, Policy, Readahead};
 use crate::reclaim::{Budget, Evicted, Membership, evictable};
 use crate::serve::ForkedChildren;
 use crate::serve::{Served, Server};
+use crate::source::Releasables;
 use crate::space::{
     Abilities, AdoptedMemory, FaultFree, Growth, Layout, Mapping, PageTables, Plan, PlanRun, RecordFor,
     Releases, Residence, ServeOptions, Shards, ShownPages, Target,
@@ -378,7 +379,7 @@ fn finish(
     server: &Server,
 ) -> Result<(Option<View>, AnyRegion), Error> {
     let PreparedTarget { target, uffd, shown, moves, staged, blocks, membership, mut view } = prepared;
-    let releasables = options.releasables(server);
+    let releasables = options.releasables(server, uffd.features().contains(Features::POISON));
     // All fields are named, without `..`: an option that is forgotten here does not compile.
     let Options {
         name: _,
@@ -409,7 +410,7 @@ fn finish(
     let tables = PageTables::new(pages, &serve_options, membership.is_some()).map_err(no_table)?;
     let children = forked_children(&name, inherit_on_fork && server.inner().serves_faults())?;
     let (max_in_flight, share) = (serve_options.max_in_flight, membership.as_ref().map(Membership::share));
-    let releases = releasables.and_then(|which| Releases::new(&mut layout, which, size));
+    let releases = releases(&mut layout, releasables, size, server).map_err(|error| error.inside(&name))?;
     let shown_pages = shown.in_place.pages() - shown.padding as u64 + shown.moved.pages();
     let growth = capacity.map(|capacity| Growth::new(capacity, align, layout.chunks()));
     let mut mapping = Mapping::new(
@@ -435,6 +436,22 @@ fn finish(
         share.serve(any.served.handle().clone());
     }
     Ok((view, any))
+}
+
+/// Makes sources releasable.
+fn releases(
+    layout: &mut Layout,
+    which: Option<Releasables>,
+    page: PageSize,
+    server: &Server,
+) -> Result<Option<Releases>, Error> {
+    let Some(which) = which.filter(|&which| layout.has_releasable(which)) else { return Ok(None) };
+    match server.inner().free_thread() {
+        Ok(thread) => Ok(Some(Releases::new(layout, which, page, thread))),
+        Err(error) if which == Releasables::Owned => Err(error),
+        // Not an option of the user's: the sources are kept.
+        Err(_) => Ok(None),
+    }
 }
 
 /// Drops the sources of a region that the build has filled.

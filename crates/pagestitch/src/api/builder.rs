@@ -232,8 +232,8 @@ impl<S> Builder<S> {
     /// Sets whether the kernel reports it to the workers when this process discards pages of the region
     /// (`MADV_DONTNEED`). Default: true, except for small regions of a [`Pool`](crate::Pool).
     ///
-    /// A discarded page is filled again by its next touch in either case. `false` suits a program that
-    /// discards pages often:
+    /// A discarded page is filled again by its next touch in either case, because a region with a choice
+    /// here [keeps its sources](Self::keep_sources). `false` suits a program that discards pages often:
     ///
     /// | | `true` | `false` |
     /// |---|---|---|
@@ -434,10 +434,10 @@ impl<S> Builder<S> {
     /// * **Parent killed**, or ended without dropping the region: touching an absent page in a
     ///   child blocks until the child ends, and later calls of `read_at` and `populate` fail. To make this
     ///   possible, children inherit a socket in which their userfaultfds are in flight. A child
-    ///   that closes unknown descriptors (`close_range(2)`) reads zeros in that case. `fork(2)` returns
-    ///   in a child when its userfaultfd is there; if the parent was killed before, each access to the
-    ///   region is SIGSEGV. (A child of a raw `clone(2)`, for which no fork handler runs, may read zeros
-    ///   then.) A child that must not block has to watch for its parent's end itself, by a pidfd:
+    ///   that closes unknown descriptors (`close_range(2)`) reads zeros in that case. `fork(2)` waits in
+    ///   the child until its userfaultfd is there; if the parent is killed meanwhile, each access to the
+    ///   region is SIGSEGV. (A child of `clone(2)` or `_Fork(3)`, for which no fork handler runs, reads
+    ///   zeros then.) A child that must not block has to watch for its parent's end itself, by a pidfd:
     ///   `getppid(2)` changes a moment before.
     /// * **Descriptors.** Each live child takes one descriptor of this process. The region takes
     ///   seven, and two more for each 128 children that live at the same time. A child that finds
@@ -460,34 +460,39 @@ impl<S> Builder<S> {
         self
     }
 
-    /// Drops each source in owned memory (`Vec<u8>`, `Bytes`, [`Memory::new`]) as soon as the region has
+    /// Frees each source in owned memory (`Vec<u8>`, `Bytes`, [`Memory::new`]) as soon as the region has
     /// all of its bytes, so that these are not in memory twice.
     ///
-    /// Default: buffers of the standard library (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, `String`, arrays) with a
-    /// page of bytes or more are dropped so by a read-only [`Region`] of a [`Pool`](crate::Pool) or a
-    /// [`Manual`](crate::Manual), without [`budget`](Self::budget), [`capacity`](Self::capacity),
-    /// [`inherit_on_fork`](Self::inherit_on_fork) and [`report_discards(true)`](Self::report_discards),
-    /// because only `unsafe` code discards a page of it. Other regions keep all sources until their drop.
-    /// This option drops all owned memory, in all regions that can; [`keep_sources`](Self::keep_sources)
-    /// drops none.
+    /// **Default.** A read-only [`Region`] of a [`Pool`](crate::Pool) or a [`Manual`](crate::Manual) frees
+    /// buffers of the standard library (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, `String`, arrays) of a page or
+    /// more. If your code discards or moves pages of it (`MADV_DONTNEED`, `mremap(2)`), say
+    /// [`keep_sources`](Self::keep_sources). All sources are kept where a page may be filled again without
+    /// such a call: in a [`SharedRegion`], and with [`writable`](Self::writable),
+    /// [`report_discards`](Self::report_discards), [`budget`](Self::budget), [`capacity`](Self::capacity) or
+    /// [`inherit_on_fork`](Self::inherit_on_fork); also before Linux 6.6. This option frees all owned memory.
     ///
-    /// * **Discarded pages** (`MADV_DONTNEED`) of a released source are lost: touching one raises SIGBUS,
-    ///   and `read_at` and `populate` fail with
-    ///   [`FailureReason::Released`](crate::source::FailureReason::Released), whatever the
-    ///   [policy](crate::OnFailure) of the chunk. So are pages with some bytes of it. Before the release,
+    /// * **Discarded pages** of a released source are lost: touching one raises SIGBUS, and `read_at` and
+    ///   `populate` fail with [`FailureReason::Released`](crate::source::FailureReason::Released), whatever
+    ///   the [policy](crate::OnFailure) of the chunk. So are pages with some bytes of it. Before the release,
     ///   they are filled again.
     /// * **All bytes**: all pages with bytes of the source, in all of its chunks, are present at the same
     ///   time. A page that other chunks share counts too. Bytes that are in no chunk do not count.
     /// * **Shared memory.** The region drops its own share: the bytes are freed with the last one.
     ///   Other sources are kept: files, memfds, your own [`Source`](crate::Source), borrowed memory.
-    /// * **Destructors** of owners run on the thread that has filled the last page: a worker, or the
-    ///   caller of `populate`. Like a source, they must not touch or drop a region of the same server.
+    /// * **Destructors** of owners run on a thread of the pool that serves no faults. With a
+    ///   [`Manual`](crate::Manual), on the thread that has filled the last page: like a source, they must not
+    ///   touch or drop a region of the same server there.
     /// * **Inline.** A signal handler frees no memory: [`populate`](crate::AnyRegion::populate) releases
-    ///   the sources of its range. **Eager.** The build releases all sources, and no page is lost.
+    ///   the sources of its range. **Eager.** The build frees all sources, and no page is lost.
     /// * Not for adopted memory, and not with [`inherit_on_fork`](Self::inherit_on_fork).
     ///
     /// [`kept_source_bytes`](crate::AnyRegion::kept_source_bytes) tells how much is left, and
     /// [`Metrics::bytes_released`](crate::Metrics::bytes_released) how much was released.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::LimitReached`](crate::ErrorKind::LimitReached) at the build, if the pool can start no
+    /// thread.
     ///
     /// ```
     /// # use pagestitch::source::Memory;
@@ -507,9 +512,9 @@ impl<S> Builder<S> {
         self
     }
 
-    /// Keeps all sources until the drop of the region, so that a page that the application discards
-    /// (`MADV_DONTNEED`) is filled from its source again. Default: a region
-    /// [drops buffers](Self::release_sources) whose bytes it has. Of both options, the last one counts.
+    /// Keeps all sources until the drop of the region, so that a page that the application discards or
+    /// moves (`MADV_DONTNEED`, `mremap(2)`) is filled from its source again. Default: a read-only region
+    /// [frees buffers](Self::release_sources) whose bytes it has. Of both options, the last one counts.
     ///
     /// ```
     /// # use pagestitch::{Pool, Region};

@@ -80,13 +80,16 @@ impl Options {
 
     /// The memory that the region releases when it has all of its bytes. If the user has not chosen, these
     /// are buffers of a region whose pages nothing but an `unsafe` call of the application discards, and
-    /// which are not filled in signal handlers, because those free no memory.
-    pub(super) fn releasables(&self, server: &Server) -> Option<Releasables> {
+    /// which are not filled in signal handlers, because those free no memory. Without poison markers, a page
+    /// of a released source that is swapped out may be taken for a discarded one, and is lost then.
+    pub(super) fn releasables(&self, server: &Server, has_poison: bool) -> Option<Releasables> {
         match self.release_sources {
             Some(true) => Some(Releasables::Owned),
             Some(false) => None,
             None => {
-                let releases = self.is_never_discarded() && !server.inner().is_in_handler();
+                let server = server.inner();
+                let keeps_pages = has_poison || !server.serves_faults();
+                let releases = self.is_never_discarded() && keeps_pages && !server.is_in_handler();
                 releases.then_some(Releasables::Buffers { least: PageSize::system().bytes() })
             }
         }
@@ -99,7 +102,8 @@ impl Options {
             && self.budget.is_none()
             && self.capacity.is_none()
             && !self.inherit_on_fork
-            && self.report_discards != Some(true)
+            // A user who has chosen discards pages.
+            && self.report_discards.is_none()
     }
 
     /// The demands of the region on its server.

@@ -32,7 +32,7 @@ pub enum FailureReason {
     /// A donated page has moved into a region, and was discarded there.
     Discarded,
     /// The source was [released](crate::Builder::release_sources) when the region had all of its
-    /// bytes, and the page was discarded since.
+    /// bytes, and the page was discarded since. Remedy: [`keep_sources`](crate::Builder::keep_sources).
     Released,
     /// The source gave other bytes than at the first reading of the page, which had left the region
     /// because of its [budget](crate::Budget). A slice must not change.

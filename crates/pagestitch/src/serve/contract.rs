@@ -5,7 +5,7 @@ use crate::fault::PrefetchJob;
 use crate::metrics::Presence;
 use crate::serve::served::Served;
 use crate::serve::{populate, retry_failed};
-use crate::space::{Chunk, Mapping, Shards, SpareUffds};
+use crate::space::{Chunk, FreeThread, Mapping, Shards, SpareUffds};
 use pagestitch_kernel::{Errno, Features, Reservation, Span, View};
 use std::fmt;
 use std::sync::Arc;
@@ -68,6 +68,11 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
     /// True if the thread that touches a page fills it in a signal handler.
     fn is_in_handler(&self) -> bool {
         false
+    }
+
+    /// The thread that frees released sources. Without one, the threads that fill pages free them.
+    fn free_thread(&self) -> Result<Option<FreeThread>, Error> {
+        Ok(None)
     }
 
     /// Fills a region before it attaches, if it serves no faults. `most` limits the threads.

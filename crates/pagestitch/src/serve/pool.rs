@@ -24,7 +24,7 @@ use crate::serve::server_state::ServerState;
 use crate::serve::watchdog::{Limits, Watchdog};
 use crate::serve::worker_table;
 use crate::signals::NoSignals;
-use crate::space::{Mapping, Shards, SpareUffds};
+use crate::space::{FreeThread, Mapping, Shards, SpareUffds};
 use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::{Errno, Features, Reservation};
 use parking_lot::Mutex;
@@ -192,6 +192,10 @@ impl FaultServer for Pool {
     // A pool serves every kind of region.
     fn check(&self, _demands: &Demands) -> Result<(), Error> {
         Ok(())
+    }
+
+    fn free_thread(&self) -> Result<Option<FreeThread>, Error> {
+        self.handle.free_thread().map(Some)
     }
 
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
@@ -417,6 +421,7 @@ impl PoolBuilder {
             state: Arc::new(state),
             watch: Mutex::default(),
             fork_reader: Mutex::default(),
+            free_thread: Mutex::default(),
             generation: ForkGeneration::current(),
         };
         for post in 0..cpus.workers {
@@ -463,6 +468,8 @@ struct Handle {
     state: Arc<ServerState>,
     watch: Mutex<Option<JoinHandle<()>>>,
     fork_reader: Mutex<Option<JoinHandle<()>>>,
+    /// Not joined, because it may be in the destructor of a source.
+    free_thread: Mutex<Option<FreeThread>>,
     generation: ForkGeneration,
 }
 
@@ -487,6 +494,21 @@ impl Handle {
         *fork_reader = Some(started.map_err(|error| Error::no_thread(what, error))?);
         begins.wait();
         Ok(())
+    }
+
+    /// The thread that frees released sources.
+    fn free_thread(&self) -> Result<FreeThread, Error> {
+        let mut thread = self.free_thread.lock();
+        if thread.is_none() {
+            let started = FreeThread::start().map_err(|error| {
+                Error::no_thread(
+                    "cannot start the thread that frees sources (threads: ulimit -u; addresses: ulimit -v)",
+                    error,
+                )
+            })?;
+            *thread = Some(started);
+        }
+        Ok(thread.clone().expect("started above"))
     }
 
     fn join(&self) -> PoolStats {

@@ -38,15 +38,6 @@ pub(crate) fn replace(
     }
     check_region(region, server, span)?;
     chunk.map_or(Ok(()), |chunk| check_chunk(region, server, range, chunk))?;
-    let locked = |errno| {
-        let what = format!(
-            "region {}: bytes {}..{} cannot be replaced, because the kernel keeps their pages: unlock them (munlock(2))",
-            region.name, range.start, range.end
-        );
-        Error::refused(what, errno)
-    };
-    // The pages that are dropped before a locked one would be filled again, which a released source cannot.
-    region.target.check_unlocked(span).map_err(locked)?;
     let _alone = region.growth.as_ref().map(|growth| growth.lock());
     let no_table =
         |errno| Error::refused(format_args!("region {}: cannot replace bytes", region.name), errno);
@@ -60,7 +51,9 @@ pub(crate) fn replace(
     // A signal handler that touches a claimed page would wait for its own thread.
     let quiet = NoSignals::until_dropped();
     let mut claim = claim_all(region, span);
-    let dropped = drop_pages(span);
+    // The pages that are dropped before a locked one are filled again, which a released source cannot.
+    let may_drop = if region.releases_sources() { region.target.check_unlocked(span) } else { Ok(()) };
+    let dropped = may_drop.and_then(|()| drop_pages(span));
     if dropped.is_ok() {
         if let Some(residence) = &region.residence {
             residence.discarded(span);
@@ -70,7 +63,23 @@ pub(crate) fn replace(
     }
     claim.settle(span.pages, PageState::Absent);
     drop(quiet);
-    dropped.map_err(locked)
+    dropped.map_err(|errno| refusal(region, range, errno))
+}
+
+/// The error of a kernel that does not drop the pages of a range.
+fn refusal(region: &Mapping, range: &Range<u64>, errno: Errno) -> Error {
+    let why = match errno {
+        Errno::EINVAL => "because the kernel keeps their pages: unlock them (munlock(2))",
+        Errno::EOPNOTSUPP => {
+            "because Linux before 5.4 does not tell whether pages are locked: add keep_sources()"
+        }
+        _ => "because the kernel does not drop their pages",
+    };
+    let Range { start, end } = range;
+    Error::refused(
+        format_args!("region {}: bytes {start}..{end} cannot be replaced, {why}", region.name),
+        errno,
+    )
 }
 
 /// The pages of a range that begins and ends between pages. The region's end ends its last page.

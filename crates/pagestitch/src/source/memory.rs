@@ -2,7 +2,6 @@
 
 use super::Source;
 use crate::error::FailureReason;
-use crate::guard::discard;
 use bytes::Bytes;
 use pagestitch_kernel::releasable::{Releasable, ReleasableGuard, Release};
 use pagestitch_kernel::revocable::{RevocableGuard, RevocableSlice};
@@ -161,12 +160,12 @@ impl Memory {
         };
     }
 
-    /// Drops the bytes, unless a thread reads them. Their destructor runs in this thread.
-    pub(crate) fn release(&self) -> Released {
+    /// Passes the bytes to `free`, unless a thread reads them.
+    pub(crate) fn release(&self, free: impl FnOnce(Bytes)) -> Released {
         let Stable::Releasable(owned) = &self.bytes else { return Released::No };
         match owned.bytes.release() {
             Release::Taken(bytes) => {
-                discard(bytes);
+                free(bytes);
                 Released::Bytes(owned.len as u64)
             }
             Release::Busy => Released::Busy,

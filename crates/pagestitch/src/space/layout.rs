@@ -302,14 +302,15 @@ impl Layout {
         });
     }
 
-    /// Makes memory among the sources releasable. True for each source that is; `None` if none is.
-    pub(crate) fn make_releasable(&mut self, which: Releasables) -> Option<Vec<bool>> {
-        let can_release =
-            |source: &Backing| matches!(source, Backing::Memory(memory) if memory.can_release(which));
-        // Most regions of small buffers have none, and a build takes 50 ns a chunk.
-        if !self.sources.iter().any(can_release) {
-            return None;
-        }
+    /// True if memory among the sources can be released.
+    pub(crate) fn has_releasable(&self, which: Releasables) -> bool {
+        self.sources
+            .iter()
+            .any(|source| matches!(source, Backing::Memory(memory) if memory.can_release(which)))
+    }
+
+    /// Makes memory among the sources releasable. True for each source that is.
+    pub(crate) fn make_releasable(&mut self, which: Releasables) -> Vec<bool> {
         let make_releasable = |source: &mut Backing| {
             let Backing::Memory(memory) = source else { return false };
             let releases = memory.can_release(which);
@@ -318,7 +319,7 @@ impl Layout {
             }
             releases
         };
-        Some(self.sources.edit(|sources| sources.iter_mut().map(make_releasable).collect()))
+        self.sources.edit(|sources| sources.iter_mut().map(make_releasable).collect())
     }
 
     /// The memory of a source, if it is in memory.
@@ -332,7 +333,9 @@ impl Layout {
     /// Drops the sources that are releasable. Returns the number of their bytes.
     pub(crate) fn release_all(&self) -> u64 {
         let memory = (0..self.sources.len()).filter_map(|source| self.memory_of(source));
-        memory.map(|memory| if let Released::Bytes(bytes) = memory.release() { bytes } else { 0 }).sum()
+        memory
+            .map(|memory| if let Released::Bytes(bytes) = memory.release(discard) { bytes } else { 0 })
+            .sum()
     }
 
     /// The number of bytes that the sources in memory keep allocated.

@@ -15,6 +15,7 @@
 //! | `lacking` | discarded pages become absent in the page table |
 //! | `residence` | the trait by which a region's pages count in a memory budget |
 //! | `release` | sources that are dropped when the region has all of their bytes |
+//! | `free_thread` | the thread that frees these sources |
 //! | `failure_table` | the failure of each poisoned page |
 //! | `flushes` | what earlier flushes of written pages leave for later ones |
 //! | `failures` | when failures are kept, reported and removed |
@@ -33,6 +34,7 @@ mod failures;
 mod fault_free;
 mod file_pages;
 mod flushes;
+mod free_thread;
 mod growth;
 mod into_chunk;
 mod lacking;
@@ -53,6 +55,7 @@ pub(crate) use discards::{DiscardNotice, Discards};
 pub(crate) use failure_table::FailureCallback;
 pub(crate) use fault_free::FaultFree;
 pub(crate) use flushes::Flushes;
+pub(crate) use free_thread::FreeThread;
 pub(crate) use growth::{Growth, Reveal};
 pub use into_chunk::IntoChunk;
 pub(crate) use layout::{Layout, LayoutBuilder, Piece};
@@ -324,6 +327,11 @@ impl Mapping {
     /// True if present pages may be absent a moment later, although the application discards none.
     pub(crate) fn loses_pages(&self) -> bool {
         self.residence.is_some() || self.layout.has_replaced()
+    }
+
+    /// True if sources are released once their pages are present.
+    pub(crate) const fn releases_sources(&self) -> bool {
+        self.releases.is_some()
     }
 
     /// Prepares for the bytes of a chunk that replace others.

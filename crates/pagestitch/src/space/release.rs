@@ -19,8 +19,11 @@
 //! thread looks at its pages again after it has left the source.
 
 use super::Layout;
+use super::free_thread::FreeThread;
 use super::page_table::PageTable;
-use crate::source::{Memory, Releasables, Released};
+use crate::guard::discard;
+use crate::source::{Releasables, Released};
+use bytes::Bytes;
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{Page, PageSize, Span};
 use std::ops::Range;
@@ -33,6 +36,8 @@ pub(crate) struct Releases {
     chunks: Option<Vec<u32>>,
     /// An entry for each source of the layout.
     sources: Vec<Watched>,
+    /// Without one, the thread that has filled the last page frees the source.
+    free_thread: Option<FreeThread>,
 }
 
 /// The pages of a source.
@@ -45,11 +50,17 @@ struct Watched {
 }
 
 impl Releases {
-    /// Makes memory of a layout releasable. `None` if it has none.
-    pub(crate) fn new(layout: &mut Layout, which: Releasables, page: PageSize) -> Option<Self> {
-        let releasable = layout.make_releasable(which)?;
+    /// Makes memory of a layout releasable.
+    pub(crate) fn new(
+        layout: &mut Layout,
+        which: Releasables,
+        page: PageSize,
+        free_thread: Option<FreeThread>,
+    ) -> Self {
+        let releasable = layout.make_releasable(which);
         let (counts, chunks) = by_source(layout, releasable.len());
-        let mut releases = Self { page, chunks, sources: Vec::with_capacity(releasable.len()) };
+        let sources = Vec::with_capacity(releasable.len());
+        let mut releases = Self { page, chunks, sources, free_thread };
         let mut first = 0;
         for (count, releases_source) in counts.into_iter().zip(releasable) {
             let chunks = first..first + count;
@@ -61,7 +72,7 @@ impl Releases {
             };
             releases.sources.push(Watched { chunks, page: AtomicUsize::new(watched) });
         }
-        Some(releases)
+        releases
     }
 
     /// The chunk at an index of a [source's](Watched::chunks).
@@ -72,7 +83,7 @@ impl Releases {
     /// Releases the sources with bytes in `span` whose pages are all present. Called by each thread
     /// that has filled pages, after it has left their sources. Returns the number of released bytes.
     ///
-    /// Destructors of sources run here, so the caller holds no claim.
+    /// Without a thread for them, destructors of sources run here, so the caller holds no claim.
     pub(crate) fn look_at(&self, layout: &Layout, pages: &PageTable, span: Span) -> u64 {
         let mut released = 0;
         for chunk in layout.few_chunks_in(&self.page.offsets(span)) {
@@ -102,13 +113,21 @@ impl Releases {
         }
         // Before the attempt: a thread that is inside now sees it after it has left.
         watched.store(ANY, Ordering::SeqCst);
-        let released = layout.memory_of(source).map_or(Released::No, Memory::release);
+        let released =
+            layout.memory_of(source).map_or(Released::No, |memory| memory.release(|bytes| self.free(bytes)));
         if released != Released::Busy {
             watched.store(NONE, Ordering::SeqCst);
         }
         match released {
             Released::Bytes(bytes) => bytes,
             Released::Busy | Released::No => 0,
+        }
+    }
+
+    fn free(&self, bytes: Bytes) {
+        match &self.free_thread {
+            Some(thread) => thread.free(bytes),
+            None => discard(bytes),
         }
     }
 
@@ -190,6 +209,7 @@ mod tests {
 #[cfg(all(test, shuttle))]
 mod models {
     use super::*;
+    use crate::source::Memory;
     use crate::space::page_table::{PageState, Wake};
     use crate::space::{Chunk, LayoutBuilder};
     use pagestitch_kernel::sync::model::explore;
@@ -213,7 +233,7 @@ mod models {
             let mut layout = LayoutBuilder::default();
             layout.push(Chunk::from(vec![7; pages * PAGE.bytes()])).unwrap();
             let mut layout = layout.finish(false).unwrap();
-            let releases = Releases::new(&mut layout, Releasables::Owned, PAGE).unwrap();
+            let releases = Releases::new(&mut layout, Releasables::Owned, PAGE, None);
             let pages = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
             Arc::new(Self { layout, pages, releases })
         }
