@@ -60,7 +60,11 @@ fn released_sources_leave_one_copy_of_the_bytes() {
     child::run(this_test!(), || {
         let before = anonymous_mib();
         let chunks = (0..64).map(|i| vec![i as u8 + 1; (1 << 20) + i * 100]);
-        let region = Region::builder().chunks(chunks).build(&pool()).unwrap();
+        let builder = Region::builder().chunks(chunks);
+        // The default since Linux 6.6.
+        let has_poison = Support::current().has(Features::POISON);
+        let builder = if has_poison { builder } else { builder.release_sources() };
+        let region = builder.build(&pool()).unwrap();
         assert_eq!(region.kept_source_bytes(), region.len() as u64);
         let sources = anonymous_mib() - before;
         region.populate(..).unwrap();
