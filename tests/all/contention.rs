@@ -158,7 +158,8 @@ fn an_idle_pool_sleeps_without_a_timeout() {
     });
 }
 
-/// The watchdog has nothing to watch while no worker works, and the thread that frees sources waits for some.
+/// The watchdog has nothing to watch while no worker works, and the thread that frees 4 MiB and more of
+/// sources waits for some.
 #[test]
 fn the_other_threads_of_an_idle_pool_sleep_without_a_timeout() {
     let end = child::run(this_test!(), || {

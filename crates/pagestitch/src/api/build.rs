@@ -446,8 +446,8 @@ fn releases(
     server: &Server,
 ) -> Result<Option<Releases>, Error> {
     let Some(which) = which.filter(|&which| layout.has_releasable(which)) else { return Ok(None) };
-    match server.inner().free_thread() {
-        Ok(thread) => Ok(Some(Releases::new(layout, which, page, thread))),
+    match server.inner().frees(layout.kept_weight()) {
+        Ok(freed) => Ok(Some(Releases::new(layout, which, page, freed))),
         Err(error) if which == Releasables::Owned => Err(error),
         // Not an option of the user's: the sources are kept.
         Err(_) => Ok(None),

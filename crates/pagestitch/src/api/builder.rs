@@ -479,9 +479,11 @@ impl<S> Builder<S> {
     ///   time. A page that other chunks share counts too. Bytes that are in no chunk do not count.
     /// * **Shared memory.** The region drops its own share: the bytes are freed with the last one.
     ///   Other sources are kept: files, memfds, your own [`Source`](crate::Source), borrowed memory.
-    /// * **Destructors** of owners run on a thread of the pool that serves no faults. With a
-    ///   [`Manual`](crate::Manual), on the thread that has filled the last page: like a source, they must not
-    ///   touch or drop a region of the same server there.
+    /// * **When.** No worker frees memory, because a thread that holds the allocator's lock may touch a page
+    ///   meanwhile. A thread of the pool does once 4 MiB of sources wait; for less, the next `populate` or
+    ///   drop of such a region, or the next build. A [`Manual`](crate::Manual) frees a source at once.
+    /// * **Destructors** of owners run there. Like a source, they must not touch or drop a region of the
+    ///   same server.
     /// * **Inline.** A signal handler frees no memory: [`populate`](crate::AnyRegion::populate) releases
     ///   the sources of its range. **Eager.** The build frees all sources, and no page is lost.
     /// * Not for adopted memory, and not with [`inherit_on_fork`](Self::inherit_on_fork).

@@ -5,7 +5,7 @@ use crate::fault::PrefetchJob;
 use crate::metrics::Presence;
 use crate::serve::served::Served;
 use crate::serve::{populate, retry_failed};
-use crate::space::{Chunk, FreeThread, Mapping, Shards, SpareUffds};
+use crate::space::{Chunk, Freed, Mapping, Shards, SpareUffds};
 use pagestitch_kernel::{Errno, Features, Reservation, Span, View};
 use std::fmt;
 use std::sync::Arc;
@@ -70,8 +70,9 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
         false
     }
 
-    /// The thread that frees released sources. Without one, the threads that fill pages free them.
-    fn free_thread(&self) -> Result<Option<FreeThread>, Error> {
+    /// Takes released sources of this weight from the threads that fill pages. `None`: these threads free
+    /// them.
+    fn frees(&self, _weight: u64) -> Result<Option<Arc<Freed>>, Error> {
         Ok(None)
     }
 

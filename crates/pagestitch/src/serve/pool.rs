@@ -24,13 +24,13 @@ use crate::serve::server_state::ServerState;
 use crate::serve::watchdog::{Limits, Watchdog};
 use crate::serve::worker_table;
 use crate::signals::NoSignals;
-use crate::space::{FreeThread, Mapping, Shards, SpareUffds};
+use crate::space::{Freed, Mapping, Shards, SpareUffds};
 use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::{Errno, Features, Reservation};
 use parking_lot::Mutex;
 use std::fmt;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -194,8 +194,14 @@ impl FaultServer for Pool {
         Ok(())
     }
 
-    fn free_thread(&self) -> Result<Option<FreeThread>, Error> {
-        self.handle.free_thread().map(Some)
+    fn frees(&self, weight: u64) -> Result<Option<Arc<Freed>>, Error> {
+        let freed = self.handle.freed.get_or_init(|| Arc::new(Freed::new()));
+        freed.expect(weight).map_err(|error| {
+            let what =
+                "cannot start the thread that frees sources (threads: ulimit -u; addresses: ulimit -v)";
+            Error::no_thread(what, error)
+        })?;
+        Ok(Some(Arc::clone(freed)))
     }
 
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
@@ -421,7 +427,7 @@ impl PoolBuilder {
             state: Arc::new(state),
             watch: Mutex::default(),
             fork_reader: Mutex::default(),
-            free_thread: Mutex::default(),
+            freed: OnceLock::new(),
             generation: ForkGeneration::current(),
         };
         for post in 0..cpus.workers {
@@ -468,8 +474,8 @@ struct Handle {
     state: Arc<ServerState>,
     watch: Mutex<Option<JoinHandle<()>>>,
     fork_reader: Mutex<Option<JoinHandle<()>>>,
-    /// Not joined, because it may be in the destructor of a source.
-    free_thread: Mutex<Option<FreeThread>>,
+    /// Its thread is not joined, because it may be in the destructor of a source.
+    freed: OnceLock<Arc<Freed>>,
     generation: ForkGeneration,
 }
 
@@ -494,21 +500,6 @@ impl Handle {
         *fork_reader = Some(started.map_err(|error| Error::no_thread(what, error))?);
         begins.wait();
         Ok(())
-    }
-
-    /// The thread that frees released sources.
-    fn free_thread(&self) -> Result<FreeThread, Error> {
-        let mut thread = self.free_thread.lock();
-        if thread.is_none() {
-            let started = FreeThread::start().map_err(|error| {
-                Error::no_thread(
-                    "cannot start the thread that frees sources (threads: ulimit -u; addresses: ulimit -v)",
-                    error,
-                )
-            })?;
-            *thread = Some(started);
-        }
-        Ok(thread.clone().expect("started above"))
     }
 
     fn join(&self) -> PoolStats {
@@ -540,6 +531,7 @@ impl Drop for Handle {
             // A forked child has no threads to join, and shares the stop event with the parent.
             return;
         }
+        self.freed.get().into_iter().for_each(|freed| freed.end());
         let report = self.join();
         log!(debug, workers = report.workers, faults = report.faults, "pool stopped");
     }

@@ -19,12 +19,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Fills the absent pages of a span as long as `go_on` returns true. Stops at the first page whose
-/// source fails; the pages before it are filled.
+/// source fails; the pages before it are filled. Frees released sources.
 pub(crate) fn populate(
     region: &Mapping,
     span: Span,
     go_on: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), Arc<Failure>> {
+    region.free_released();
+    let filled = fill_span(region, span, go_on);
+    region.free_released();
+    filled
+}
+
+fn fill_span(region: &Mapping, span: Span, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Arc<Failure>> {
     let extent = Extent { go_on, ends_at_failure: true };
     fill_blocks(region, span, extent)?;
     // Only once more: a swapped-out page looks like a discarded page here, and is found present

@@ -26,7 +26,9 @@ pub(crate) fn retry_failed(region: &Mapping, span: Span) -> Result<(), Arc<Failu
     }
     let mut buffers =
         Buffers::new().map_err(|errno: Errno| Arc::new(first.again(io::Error::from(errno)).of_kernel()))?;
-    bad.try_for_each(|(page, _)| retry_page(region, page, &mut buffers))
+    let retried = bad.try_for_each(|(page, _)| retry_page(region, page, &mut buffers));
+    region.free_released();
+    retried
 }
 
 fn retry_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {

@@ -15,7 +15,7 @@
 //! | `lacking` | discarded pages become absent in the page table |
 //! | `residence` | the trait by which a region's pages count in a memory budget |
 //! | `release` | sources that are dropped when the region has all of their bytes |
-//! | `free_thread` | the thread that frees these sources |
+//! | `freed` | these sources until a thread frees them |
 //! | `failure_table` | the failure of each poisoned page |
 //! | `flushes` | what earlier flushes of written pages leave for later ones |
 //! | `failures` | when failures are kept, reported and removed |
@@ -34,7 +34,7 @@ mod failures;
 mod fault_free;
 mod file_pages;
 mod flushes;
-mod free_thread;
+mod freed;
 mod growth;
 mod into_chunk;
 mod lacking;
@@ -55,7 +55,7 @@ pub(crate) use discards::{DiscardNotice, Discards};
 pub(crate) use failure_table::FailureCallback;
 pub(crate) use fault_free::FaultFree;
 pub(crate) use flushes::Flushes;
-pub(crate) use free_thread::FreeThread;
+pub(crate) use freed::Freed;
 pub(crate) use growth::{Growth, Reveal};
 pub use into_chunk::IntoChunk;
 pub(crate) use layout::{Layout, LayoutBuilder, Piece};
@@ -594,6 +594,13 @@ impl Mapping {
     pub(crate) fn release_sources(&self, span: Span) {
         let Some(releases) = self.releases.as_ref().filter(|_| !span.is_empty()) else { return };
         self.count_released(releases.look_at(&self.layout, &self.pages, span));
+    }
+
+    /// Frees the released sources that wait, in this thread.
+    pub(crate) fn free_released(&self) {
+        if let Some(releases) = &self.releases {
+            releases.free_waiting();
+        }
     }
 
     /// Drops all sources that can be released, because none is read any more.

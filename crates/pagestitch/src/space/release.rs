@@ -19,7 +19,7 @@
 //! thread looks at its pages again after it has left the source.
 
 use super::Layout;
-use super::free_thread::FreeThread;
+use super::freed::Freed;
 use super::page_table::PageTable;
 use crate::guard::discard;
 use crate::source::{Releasables, Released};
@@ -27,6 +27,7 @@ use bytes::Bytes;
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{Page, PageSize, Span};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// The sources of a region that are released.
 #[derive(Debug)]
@@ -36,8 +37,14 @@ pub(crate) struct Releases {
     chunks: Option<Vec<u32>>,
     /// An entry for each source of the layout.
     sources: Vec<Watched>,
-    /// Without one, the thread that has filled the last page frees the source.
-    free_thread: Option<FreeThread>,
+    /// `None`: the thread that has filled the last page frees the source.
+    freed: Option<Arc<Freed>>,
+}
+
+impl Drop for Releases {
+    fn drop(&mut self) {
+        self.free_waiting();
+    }
 }
 
 /// The pages of a source.
@@ -55,12 +62,12 @@ impl Releases {
         layout: &mut Layout,
         which: Releasables,
         page: PageSize,
-        free_thread: Option<FreeThread>,
+        freed: Option<Arc<Freed>>,
     ) -> Self {
         let releasable = layout.make_releasable(which);
         let (counts, chunks) = by_source(layout, releasable.len());
         let sources = Vec::with_capacity(releasable.len());
-        let mut releases = Self { page, chunks, sources, free_thread };
+        let mut releases = Self { page, chunks, sources, freed };
         let mut first = 0;
         for (count, releases_source) in counts.into_iter().zip(releasable) {
             let chunks = first..first + count;
@@ -83,7 +90,7 @@ impl Releases {
     /// Releases the sources with bytes in `span` whose pages are all present. Called by each thread
     /// that has filled pages, after it has left their sources. Returns the number of released bytes.
     ///
-    /// Without a thread for them, destructors of sources run here, so the caller holds no claim.
+    /// Destructors of sources may run here, so the caller holds no claim.
     pub(crate) fn look_at(&self, layout: &Layout, pages: &PageTable, span: Span) -> u64 {
         let mut released = 0;
         for chunk in layout.few_chunks_in(&self.page.offsets(span)) {
@@ -113,6 +120,9 @@ impl Releases {
         }
         // Before the attempt: a thread that is inside now sees it after it has left.
         watched.store(ANY, Ordering::SeqCst);
+        if self.freed.as_ref().is_some_and(|freed| freed.is_full()) {
+            return 0;
+        }
         let released =
             layout.memory_of(source).map_or(Released::No, |memory| memory.release(|bytes| self.free(bytes)));
         if released != Released::Busy {
@@ -125,10 +135,15 @@ impl Releases {
     }
 
     fn free(&self, bytes: Bytes) {
-        match &self.free_thread {
-            Some(thread) => thread.free(bytes),
+        match &self.freed {
+            Some(freed) => freed.push(bytes),
             None => discard(bytes),
         }
+    }
+
+    /// Frees the released sources that wait, in this thread.
+    pub(crate) fn free_waiting(&self) {
+        self.freed.iter().for_each(|freed| freed.free_waiting());
     }
 
     /// The first page from `from` on that has bytes of one of a source's chunks and is not present.
@@ -178,8 +193,8 @@ fn first_index(Range { mut start, mut end }: Range<usize>, holds: impl Fn(usize)
     start
 }
 
-/// Watches any page, because all are present and a thread was inside the source: no page has this
-/// number.
+/// Watches any page, because all are present and a thread was inside the source, or too many sources wait
+/// to be freed: no page has this number.
 const ANY: usize = usize::MAX;
 /// Watches no page: the source is released, or never will be.
 const NONE: usize = usize::MAX - 1;
@@ -215,7 +230,6 @@ mod models {
     use pagestitch_kernel::sync::model::explore;
     use shuttle::thread;
     use std::num::NonZeroUsize;
-    use std::sync::Arc;
 
     /// A region with one source.
     struct Region {
