@@ -164,7 +164,7 @@ fn an_idle_pool_sleeps_without_a_timeout() {
 fn the_other_threads_of_an_idle_pool_sleep_without_a_timeout() {
     let end = child::run(this_test!(), || {
         let pool = Pool::builder().name("idle").start().unwrap();
-        let region = Region::builder().chunk(vec![1u8; 4 << 20]).build(&pool).unwrap();
+        let region = Region::builder().chunk(vec![1u8; 4 << 20]).release_sources().build(&pool).unwrap();
         assert!(region.as_slice().iter().all(|&byte| byte == 1));
         until(|| {
             let calls = system_calls_of("pagestitch");
