@@ -1,6 +1,7 @@
 //! Sources that are released: the region is the only place of their bytes, and a page that is
 //! discarded then is a signal or an error with the reason.
 
+use crate::machine::rounds;
 use crate::{PAGE, SIGBUS, SetOnDrop, cannot_inherit, discard, pattern, reason, touch, until};
 use pagestitch::source::{FailureReason, Memory};
 use pagestitch::{
@@ -68,9 +69,14 @@ fn released_sources_leave_one_copy_of_the_bytes() {
         assert_eq!(region.kept_source_bytes(), region.len() as u64);
         let sources = anonymous_mib() - before;
         region.populate(..).unwrap();
-        let populated = anonymous_mib() - before;
+        // A thread may still free the last ones.
+        let mut populated = 0;
+        until(|| {
+            populated = anonymous_mib() - before;
+            populated <= 64 + 12
+        });
         println!("{sources} MiB of sources, {populated} MiB with the populated region");
-        assert!(sources >= 64 && populated <= 64 + 12, "{sources} MiB became {populated} MiB");
+        assert!(sources >= 64, "{sources} MiB became {populated} MiB");
         assert_eq!((region.kept_source_bytes(), region.metrics().bytes_released), (0, region.len() as u64));
         assert!((0..64).all(|i| region.as_slice()[region.offset_of(i).unwrap() as usize] == i as u8 + 1));
     })
@@ -120,7 +126,8 @@ fn a_region_that_only_reads_releases_buffers_without_being_asked() {
     let small = Region::builder().chunks([vec![7u8; PAGE - 1], vec![7u8; PAGE]]).build(&server).unwrap();
     assert_eq!(kept(&small), (2 * PAGE as u64 - 1 - buffers / 5, buffers / 5));
     let by_a_loop = all_owners(Region::builder()).build(&manual).unwrap();
-    assert_eq!(kept(&by_a_loop), (all - buffers, buffers));
+    // The loop would wait for the allocator.
+    assert_eq!(kept(&by_a_loop), (all, 0));
     assert_eq!(kept(&build(Region::builder().keep_sources().release_sources())), (0, all));
     // Where an application can have reasons to discard a page, it is filled again.
     assert_eq!(kept(&build(Region::builder().release_sources().keep_sources())), (all, 0));
@@ -213,6 +220,25 @@ fn released_sources_are_freed_once_a_few_megabytes_wait() {
     until(|| drops.load(Ordering::SeqCst) >= 12);
     drop(region);
     assert_eq!(drops.load(Ordering::SeqCst), 16);
+}
+
+#[test]
+fn many_small_sources_are_all_released_however_they_are_filled() {
+    let (server, count) = (pool(), rounds(8_000));
+    let fill: [fn(&Region); 4] = [
+        |region| assert!(region.as_slice().iter().step_by(PAGE).all(|&byte| byte == 7)),
+        |region| region.populate(..).unwrap(),
+        |region| assert_eq!(region.prefetch(..).unwrap().wait().pages_failed, 0),
+        |region| (0..region.len()).step_by(7 * PAGE).for_each(|at| assert_eq!(region[at], 7)),
+    ];
+    for fill in fill {
+        let chunks = (0..count).map(|_| vec![7u8; PAGE]);
+        let region = Region::builder().release_sources().chunks(chunks).build(&server).unwrap();
+        fill(&region);
+        region.populate(..).unwrap();
+        until(|| region.metrics().bytes_released == count * PAGE as u64);
+        assert_eq!(region.kept_source_bytes(), 0);
+    }
 }
 
 #[test]

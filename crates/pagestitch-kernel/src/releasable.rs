@@ -23,10 +23,11 @@ use std::ops::Deref;
 
 /// A value until it is [released](Self::release).
 pub struct Releasable<T> {
-    /// The number of readers, plus [`RELEASED`] once the value is released.
+    /// The number of readers, plus [`RELEASED`] once the value is released, plus [`TAKEN`] once it is
+    /// taken.
     readers: AtomicUsize,
     /// Invariant: no thread changes it while [`RELEASED`] is not set or a reader holds a guard that
-    /// it got before. Afterwards only the thread that has set [`RELEASED`] accesses it.
+    /// it got before. Afterwards only the thread that has set [`TAKEN`] accesses it.
     value: UnsafeCell<Option<T>>,
 }
 
@@ -70,16 +71,36 @@ impl<T> Releasable<T> {
 
     /// Takes the value, so that no thread can read it any more, unless a thread reads it now.
     pub fn release(&self) -> Release<T> {
-        match self.readers.compare_exchange(0, RELEASED, Ordering::SeqCst, Ordering::SeqCst) {
-            Ok(_) => {}
-            Err(readers) if readers & RELEASED == 0 => return Release::Busy,
-            Err(_) => return Release::Before,
+        match self.close() {
+            Release::Taken(()) => self.take_closed().map_or(Release::Before, Release::Taken),
+            Release::Busy => Release::Busy,
+            Release::Before => Release::Before,
         }
-        // SAFETY: the cell's value is written to. No reader was inside, later readers see RELEASED
-        // and leave the cell alone, and only this thread has set RELEASED.
+    }
+
+    /// Releases the value and leaves it in place until [`take_closed`](Self::take_closed), or the drop.
+    pub fn close(&self) -> Release<()> {
+        match self.readers.compare_exchange(0, RELEASED, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => Release::Taken(()),
+            Err(readers) if readers & RELEASED == 0 => Release::Busy,
+            Err(_) => Release::Before,
+        }
+    }
+
+    /// The value, once after [`close`](Self::close).
+    pub fn take_closed(&self) -> Option<T> {
+        if self.readers.load(Ordering::SeqCst) & RELEASED == 0 {
+            return None;
+        }
+        if self.readers.fetch_or(TAKEN, Ordering::SeqCst) & TAKEN != 0 {
+            return None;
+        }
+        // SAFETY: the cell's value is written to. No reader was inside when RELEASED was set, later
+        // readers see it and leave the cell alone, and only this thread has set TAKEN.
         #[expect(unsafe_code, reason = "takes the value of a cell")]
-        let value = unsafe { (*self.value.get()).take() };
-        value.map_or(Release::Before, Release::Taken)
+        unsafe {
+            (*self.value.get()).take()
+        }
     }
 
     /// True if the value is released.
@@ -124,6 +145,8 @@ impl Drop for ReadCount<'_> {
 }
 
 const RELEASED: usize = 1 << (usize::BITS - 1);
+/// Set by the thread that takes a released value.
+const TAKEN: usize = 1 << (usize::BITS - 2);
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {

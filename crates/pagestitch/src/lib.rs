@@ -88,7 +88,7 @@
 //! | a smaller region | about 5 KiB: those of a pool share a few descriptors |
 //! | a chunk | 25 bytes beside its source, 50 ns |
 //! | a page | 4 bits, and its entry in the kernel's page table |
-//! | a source | an owned one stays in memory as long as a region has it; a vector of a page or more, or each with [`release_sources`](Builder::release_sources), until the region has all of its bytes; a file takes a descriptor, unless all of it is mapped |
+//! | a source | an owned one stays in memory as long as a region has it; a vector of a page or more in a read-only region of a pool, or each with [`release_sources`](Builder::release_sources), until the region has all of its bytes; a file takes a descriptor, unless all of it is mapped |
 //! | [`Region::read_at`] of resident memory | 2 to 3 µs a call, [`SharedRegion::read_at`] 6 to 7 µs; a slice has no cost |
 //!
 //! # When not to use it

@@ -438,20 +438,21 @@ fn finish(
     Ok((view, any))
 }
 
-/// Makes sources releasable.
+/// Makes sources releasable. By default, only where no thread that fills pages has to free them.
 fn releases(
     layout: &mut Layout,
     which: Option<Releasables>,
     page: PageSize,
     server: &Server,
 ) -> Result<Option<Releases>, Error> {
-    let Some(which) = which.filter(|&which| layout.has_releasable(which)) else { return Ok(None) };
-    match server.inner().frees(layout.kept_weight()) {
-        Ok(freed) => Ok(Some(Releases::new(layout, which, page, freed))),
-        Err(error) if which == Releasables::Owned => Err(error),
-        // Not an option of the user's: the sources are kept.
-        Err(_) => Ok(None),
-    }
+    let (freed, is_asked) = (server.inner().frees(), which == Some(Releasables::Owned));
+    let releases = |which: &Releasables| (is_asked || freed.is_some()) && layout.has_releasable(*which);
+    let Some(which) = which.filter(releases) else { return Ok(None) };
+    let releases = Releases::new(layout, which, page, freed).map_err(|error| {
+        let what = "cannot start the thread that frees sources (threads: ulimit -u; addresses: ulimit -v)";
+        Error::no_thread(what, error)
+    });
+    releases.map(Some)
 }
 
 /// Drops the sources of a region that the build has filled.

@@ -232,8 +232,9 @@ impl<S> Builder<S> {
     /// Sets whether the kernel reports it to the workers when this process discards pages of the region
     /// (`MADV_DONTNEED`). Default: true, except for small regions of a [`Pool`](crate::Pool).
     ///
-    /// A discarded page is filled again by its next touch in either case, because a region with a choice
-    /// here [keeps its sources](Self::keep_sources). `false` suits a program that discards pages often:
+    /// A choice here, either one, also makes the region [keep its sources](Self::keep_sources), unless
+    /// [`release_sources`](Self::release_sources) is set. So a discarded page is filled again by its next
+    /// touch in either case. `false` suits a program that discards pages often:
     ///
     /// | | `true` | `false` |
     /// |---|---|---|
@@ -463,9 +464,8 @@ impl<S> Builder<S> {
     /// Frees each source in owned memory (`Vec<u8>`, `Bytes`, [`Memory::new`]) as soon as the region has
     /// all of its bytes, so that these are not in memory twice.
     ///
-    /// **Default.** A read-only [`Region`] of a [`Pool`](crate::Pool) or a [`Manual`](crate::Manual) frees
-    /// buffers of the standard library (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, `String`, arrays) of a page or
-    /// more. If your code discards or moves pages of it (`MADV_DONTNEED`, `mremap(2)`), say
+    /// **Default.** A read-only [`Region`] of a [`Pool`](crate::Pool) frees buffers of the standard library
+    /// (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, `String`, arrays) of a page or more. If your code discards or moves pages of it (`MADV_DONTNEED`, `mremap(2)`), say
     /// [`keep_sources`](Self::keep_sources). All sources are kept where a page may be filled again without
     /// such a call: in a [`SharedRegion`], and with [`writable`](Self::writable),
     /// [`report_discards`](Self::report_discards), [`budget`](Self::budget), [`capacity`](Self::capacity) or
@@ -480,8 +480,9 @@ impl<S> Builder<S> {
     /// * **Shared memory.** The region drops its own share: the bytes are freed with the last one.
     ///   Other sources are kept: files, memfds, your own [`Source`](crate::Source), borrowed memory.
     /// * **When.** No worker frees memory, because a thread that holds the allocator's lock may touch a page
-    ///   meanwhile. A thread of the pool does once 4 MiB of sources wait; for less, the next `populate` or
-    ///   drop of such a region, or the next build. A [`Manual`](crate::Manual) frees a source at once.
+    ///   meanwhile. `populate`, `retry_failed` and the drop of the region free its sources that wait; a
+    ///   thread of the pool frees those of all regions once they have 4 MiB. With a
+    ///   [`Manual`](crate::Manual), the thread that has filled the last page frees a source at once.
     /// * **Destructors** of owners run there. Like a source, they must not touch or drop a region of the
     ///   same server.
     /// * **Inline.** A signal handler frees no memory: [`populate`](crate::AnyRegion::populate) releases
@@ -489,7 +490,8 @@ impl<S> Builder<S> {
     /// * Not for adopted memory, and not with [`inherit_on_fork`](Self::inherit_on_fork).
     ///
     /// [`kept_source_bytes`](crate::AnyRegion::kept_source_bytes) tells how much is left, and
-    /// [`Metrics::bytes_released`](crate::Metrics::bytes_released) how much was released.
+    /// [`Metrics::bytes_released`](crate::Metrics::bytes_released) how much was released. Both count sources
+    /// that wait to be freed as released.
     ///
     /// # Errors
     ///
@@ -516,7 +518,8 @@ impl<S> Builder<S> {
 
     /// Keeps all sources until the drop of the region, so that a page that the application discards or
     /// moves (`MADV_DONTNEED`, `mremap(2)`) is filled from its source again. Default: a read-only region
-    /// [frees buffers](Self::release_sources) whose bytes it has. Of both options, the last one counts.
+    /// [frees buffers](Self::release_sources) whose bytes it has. Of both options, the last one counts. An
+    /// [`Eager`](crate::Eager) build frees all in any case, because no page is filled again.
     ///
     /// ```
     /// # use pagestitch::{Pool, Region};

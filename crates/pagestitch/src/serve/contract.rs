@@ -70,10 +70,10 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
         false
     }
 
-    /// Takes released sources of this weight from the threads that fill pages. `None`: these threads free
+    /// Frees released sources in a thread that serves no faults. `None`: the threads that fill pages free
     /// them.
-    fn frees(&self, _weight: u64) -> Result<Option<Arc<Freed>>, Error> {
-        Ok(None)
+    fn frees(&self) -> Option<&Arc<Freed>> {
+        None
     }
 
     /// Fills a region before it attaches, if it serves no faults. `most` limits the threads.

@@ -194,14 +194,10 @@ impl FaultServer for Pool {
         Ok(())
     }
 
-    fn frees(&self, weight: u64) -> Result<Option<Arc<Freed>>, Error> {
-        let freed = self.handle.freed.get_or_init(|| Arc::new(Freed::new()));
-        freed.expect(weight).map_err(|error| {
-            let what =
-                "cannot start the thread that frees sources (threads: ulimit -u; addresses: ulimit -v)";
-            Error::no_thread(what, error)
-        })?;
-        Ok(Some(Arc::clone(freed)))
+    fn frees(&self) -> Option<&Arc<Freed>> {
+        // A child may have been forked while another thread initialised it.
+        let is_here = self.handle.generation.is_current();
+        is_here.then(|| self.handle.freed.get_or_init(|| Arc::new(Freed::new())))
     }
 
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {

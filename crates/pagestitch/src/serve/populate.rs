@@ -25,7 +25,6 @@ pub(crate) fn populate(
     span: Span,
     go_on: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), Arc<Failure>> {
-    region.free_released();
     let filled = fill_span(region, span, go_on);
     region.free_released();
     filled

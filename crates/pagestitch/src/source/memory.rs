@@ -160,16 +160,22 @@ impl Memory {
         };
     }
 
-    /// Passes the bytes to `free`, unless a thread reads them.
-    pub(crate) fn release(&self, free: impl FnOnce(Bytes)) -> Released {
+    /// Releases the bytes, unless a thread reads them. They are freed after
+    /// [`take_released`](Self::take_released), or at the drop of the last clone.
+    pub(crate) fn release(&self) -> Released {
         let Stable::Releasable(owned) = &self.bytes else { return Released::No };
-        match owned.bytes.release() {
-            Release::Taken(bytes) => {
-                free(bytes);
-                Released::Bytes(owned.len as u64)
-            }
+        match owned.bytes.close() {
+            Release::Taken(()) => Released::Bytes(owned.len as u64),
             Release::Busy => Released::Busy,
             Release::Before => Released::No,
+        }
+    }
+
+    /// The bytes, once after their release.
+    pub(crate) fn take_released(&self) -> Option<Bytes> {
+        match &self.bytes {
+            Stable::Releasable(owned) => owned.bytes.take_closed(),
+            _ => None,
         }
     }
 

@@ -1,89 +1,101 @@
 //! Released sources until they are freed. A worker frees none, because a thread that holds the lock of
 //! the allocator may touch a page meanwhile, and to free gigabytes takes a tenth of a second.
 //!
-//! Threads of the application free what waits, when they build, populate or drop a region. A thread of
-//! its own does once [`ENOUGH`] bytes wait. It is not woken for less, because to wake it costs as much
-//! as a fault; and not started before the sources have so many bytes.
+//! `populate` and the drop of a region free what waits of the region. Besides, a thread frees all that
+//! waits in the regions of a server, once that is [`ENOUGH`]. It is not woken for less, because to wake
+//! it costs as much as a fault; and not started before the regions have so many bytes.
+//!
+//! The sources of a region that wait are a stack of their numbers. Each is pushed once, so a stack that
+//! is taken off as a whole changes no more.
 
 use crate::guard::discard;
 use crate::signals::NoSignals;
+use crate::source::{Memory, Source};
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, Sender, bounded};
-use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use pagestitch_kernel::fork::ForkGeneration;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Thread};
+use std::{io, iter};
 
-/// The released sources of a server that are not freed yet.
+/// The regions of a server that release sources, and the thread that frees these.
 #[derive(Debug)]
 pub(crate) struct Freed {
-    queue: (Sender<Bytes>, Receiver<Bytes>),
-    /// The weight of the sources in the queue.
+    regions: Mutex<Regions>,
+    /// The bytes that wait, in all regions.
     waiting: AtomicU64,
-    /// The weight of all sources that may be released.
-    expected: Mutex<u64>,
     thread: OnceLock<Thread>,
     has_ended: AtomicBool,
+    /// A forked child has no such thread, and the lock of its copy may be held forever.
+    made_in: ForkGeneration,
+}
+
+#[derive(Debug, Default)]
+struct Regions {
+    /// By the address of their sources.
+    known: HashMap<usize, Arc<Sources>>,
+    /// The bytes of all these sources.
+    bytes: u64,
+}
+
+/// The part of a region in a [`Freed`], until its drop.
+#[derive(Debug)]
+pub(crate) struct Member {
+    freed: Arc<Freed>,
+    sources: Arc<Sources>,
+}
+
+/// The sources of a region.
+#[derive(Debug)]
+struct Sources {
+    /// The number of the source that was released last and waits, or [`BOTTOM`].
+    top: AtomicUsize,
+    all: Vec<Waiting>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    /// `None`: not released.
+    memory: Option<Memory>,
+    /// The number of the source below in the stack.
+    below: AtomicUsize,
 }
 
 impl Freed {
     pub(crate) fn new() -> Self {
         Self {
-            queue: bounded(WAITING),
+            regions: Mutex::default(),
             waiting: AtomicU64::new(0),
-            expected: Mutex::default(),
             thread: OnceLock::new(),
             has_ended: AtomicBool::new(false),
+            made_in: ForkGeneration::current(),
         }
     }
 
-    /// Announces sources that weigh so much together. Frees what waits, in this thread.
+    /// Adds the sources of a region, by their numbers.
     ///
     /// # Errors
     ///
     /// That of the start of the thread.
-    pub(crate) fn expect(self: &Arc<Self>, weight: u64) -> io::Result<()> {
-        self.free_waiting();
-        let mut expected = self.expected.lock().unwrap_or_else(PoisonError::into_inner);
-        *expected = expected.saturating_add(weight);
-        if *expected < ENOUGH || self.thread.get().is_some() {
-            return Ok(());
+    pub(crate) fn add(self: &Arc<Self>, sources: impl Iterator<Item = Option<Memory>>) -> io::Result<Member> {
+        let all = sources.map(|memory| Waiting { memory, below: AtomicUsize::new(BOTTOM) }).collect();
+        let sources = Arc::new(Sources { top: AtomicUsize::new(BOTTOM), all });
+        let mut regions = self.regions();
+        if regions.bytes + sources.bytes() >= ENOUGH && self.thread.get().is_none() {
+            let (freed, quiet) = (Arc::clone(self), NoSignals::until_dropped());
+            let named = thread::Builder::new().name(String::from("pagestitch/free"));
+            let started = named.spawn(move || freed.run())?;
+            drop(quiet);
+            let _ = self.thread.set(started.thread().clone());
         }
-        let (freed, quiet) = (Arc::clone(self), NoSignals::until_dropped());
-        let named = thread::Builder::new().name(String::from("pagestitch/free"));
-        let started = named.spawn(move || freed.run())?;
-        drop(quiet);
-        let _ = self.thread.set(started.thread().clone());
-        Ok(())
+        regions.bytes += sources.bytes();
+        regions.known.insert(Arc::as_ptr(&sources).addr(), Arc::clone(&sources));
+        drop(regions);
+        Ok(Member { freed: Arc::clone(self), sources })
     }
 
-    /// True if many sources wait. Until they are freed, no other is released.
-    pub(crate) fn is_full(&self) -> bool {
-        self.queue.0.len() >= WAITING - MARGIN
-    }
-
-    /// Takes a released source, if the queue is not [full](Self::is_full). Allocates and frees nothing.
-    pub(crate) fn push(&self, source: Bytes) {
-        let weight = weight(source.len() as u64);
-        let before = self.waiting.fetch_add(weight, Ordering::SeqCst);
-        if let Err(full) = self.queue.0.try_send(source) {
-            self.waiting.fetch_sub(weight, Ordering::SeqCst);
-            return discard(full.into_inner());
-        }
-        if before < ENOUGH && before + weight >= ENOUGH {
-            self.thread.get().into_iter().for_each(Thread::unpark);
-        }
-    }
-
-    /// Frees what waits, in this thread.
-    pub(crate) fn free_waiting(&self) {
-        while let Ok(source) = self.queue.1.try_recv() {
-            self.waiting.fetch_sub(weight(source.len() as u64), Ordering::SeqCst);
-            discard(source);
-        }
-    }
-
-    /// Ends the thread. Regions may still release sources, which are freed with the last of them.
+    /// Ends the thread.
     pub(crate) fn end(&self) {
         self.has_ended.store(true, Ordering::SeqCst);
         self.thread.get().into_iter().for_each(Thread::unpark);
@@ -92,19 +104,88 @@ impl Freed {
     fn run(&self) {
         while !self.has_ended.load(Ordering::SeqCst) {
             thread::park();
-            self.free_waiting();
+            // Taken under the lock, so that a dropped region leaves no source to this thread; freed
+            // outside, because destructors may drop regions.
+            let taken: Vec<_> = self.regions().known.values().flat_map(|sources| sources.take()).collect();
+            self.free(taken);
         }
+    }
+
+    fn free(&self, taken: impl IntoIterator<Item = Bytes>) {
+        let mut freed = 0;
+        for source in taken {
+            freed += source.len() as u64;
+            discard(source);
+        }
+        self.waiting.fetch_sub(freed, Ordering::SeqCst);
+    }
+
+    fn regions(&self) -> MutexGuard<'_, Regions> {
+        self.regions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The weight of a source of so many bytes: small ones fill the queue, too.
-pub(crate) fn weight(bytes: u64) -> u64 {
-    bytes.max(2 * ENOUGH / WAITING as u64)
+impl Member {
+    /// Adds a released source to those that wait. Allocates nothing, frees nothing and takes no lock.
+    pub(crate) fn push(&self, source: usize, bytes: u64) {
+        // Counted before the thread can find it.
+        let waiting = self.freed.waiting.fetch_add(bytes, Ordering::SeqCst) + bytes;
+        self.sources.push(source);
+        if waiting >= ENOUGH {
+            self.freed.thread.get().into_iter().for_each(Thread::unpark);
+        }
+    }
+
+    /// Frees the sources that wait, in this thread.
+    pub(crate) fn free_waiting(&self) {
+        self.freed.free(self.sources.take());
+    }
 }
 
-/// The weight that wakes the thread: half of the queue, or 4 MiB.
+impl Drop for Member {
+    fn drop(&mut self) {
+        if !self.freed.made_in.is_current() {
+            return;
+        }
+        let mut regions = self.freed.regions();
+        regions.bytes -= self.sources.bytes();
+        let known = regions.known.remove(&Arc::as_ptr(&self.sources).addr());
+        drop(regions);
+        drop(known);
+        self.free_waiting();
+    }
+}
+
+impl Sources {
+    fn bytes(&self) -> u64 {
+        self.all.iter().filter_map(|source| source.memory.as_ref()).map(Source::size).sum()
+    }
+
+    fn push(&self, source: usize) {
+        let mut top = self.top.load(Ordering::SeqCst);
+        loop {
+            self.all[source].below.store(top, Ordering::Relaxed);
+            // Publishes the store.
+            match self.top.compare_exchange(top, source, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(_) => return,
+                Err(other) => top = other,
+            }
+        }
+    }
+
+    /// Takes all sources off the stack.
+    fn take(&self) -> impl Iterator<Item = Bytes> + '_ {
+        let mut next = self.top.swap(BOTTOM, Ordering::SeqCst);
+        let numbers = iter::from_fn(move || {
+            let source = self.all.get(next)?;
+            next = source.below.load(Ordering::Relaxed);
+            Some(source)
+        });
+        numbers.filter_map(|source| source.memory.as_ref()?.take_released())
+    }
+}
+
+/// The bytes that wake the thread.
 const ENOUGH: u64 = 4 << 20;
-/// The most sources that wait.
-const WAITING: usize = 256;
-/// More threads do not find room at once.
-const MARGIN: usize = 64;
+/// The number of no source.
+const BOTTOM: usize = usize::MAX;

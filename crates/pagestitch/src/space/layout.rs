@@ -27,7 +27,6 @@ use crate::error::Failure;
 use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
 use crate::source::{Backing, Memory, Releasables, Released, Shared};
-use crate::space::freed;
 use pagestitch_kernel::append_vec::AppendVec;
 use pagestitch_kernel::cache::prefetch;
 use pagestitch_kernel::{Errno, PageSize};
@@ -333,21 +332,19 @@ impl Layout {
 
     /// Drops the sources that are releasable. Returns the number of their bytes.
     pub(crate) fn release_all(&self) -> u64 {
-        let memory = (0..self.sources.len()).filter_map(|source| self.memory_of(source));
-        memory
-            .map(|memory| if let Released::Bytes(bytes) = memory.release(discard) { bytes } else { 0 })
-            .sum()
+        let release = |memory: &Memory| match memory.release() {
+            Released::Bytes(bytes) => {
+                memory.take_released().into_iter().for_each(discard);
+                bytes
+            }
+            Released::Busy | Released::No => 0,
+        };
+        (0..self.sources.len()).filter_map(|source| self.memory_of(source)).map(release).sum()
     }
 
     /// The number of bytes that the sources in memory keep allocated.
     pub(crate) fn kept_bytes(&self) -> u64 {
         (0..self.sources.len()).filter_map(|source| self.memory_of(source)).map(Memory::kept_bytes).sum()
-    }
-
-    /// The [weight](freed::weight) of these sources.
-    pub(crate) fn kept_weight(&self) -> u64 {
-        let memory = (0..self.sources.len()).filter_map(|source| self.memory_of(source));
-        memory.map(Memory::kept_bytes).filter(|&kept| kept > 0).map(freed::weight).sum()
     }
 
     /// The chunks that have bytes of a range of offsets, in order.

@@ -19,13 +19,13 @@
 //! thread looks at its pages again after it has left the source.
 
 use super::Layout;
-use super::freed::Freed;
+use super::freed::{Freed, Member};
 use super::page_table::PageTable;
 use crate::guard::discard;
 use crate::source::{Releasables, Released};
-use bytes::Bytes;
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{Page, PageSize, Span};
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -38,13 +38,7 @@ pub(crate) struct Releases {
     /// An entry for each source of the layout.
     sources: Vec<Watched>,
     /// `None`: the thread that has filled the last page frees the source.
-    freed: Option<Arc<Freed>>,
-}
-
-impl Drop for Releases {
-    fn drop(&mut self) {
-        self.free_waiting();
-    }
+    waiting: Option<Member>,
 }
 
 /// The pages of a source.
@@ -58,16 +52,22 @@ struct Watched {
 
 impl Releases {
     /// Makes memory of a layout releasable.
+    ///
+    /// # Errors
+    ///
+    /// That of the start of the thread that frees it.
     pub(crate) fn new(
         layout: &mut Layout,
         which: Releasables,
         page: PageSize,
-        freed: Option<Arc<Freed>>,
-    ) -> Self {
+        freed: Option<&Arc<Freed>>,
+    ) -> io::Result<Self> {
         let releasable = layout.make_releasable(which);
+        let memory = |(source, &releases)| if releases { layout.memory_of(source).cloned() } else { None };
+        let waiting = freed.map(|freed| freed.add(releasable.iter().enumerate().map(memory))).transpose()?;
         let (counts, chunks) = by_source(layout, releasable.len());
         let sources = Vec::with_capacity(releasable.len());
-        let mut releases = Self { page, chunks, sources, freed };
+        let mut releases = Self { page, chunks, sources, waiting };
         let mut first = 0;
         for (count, releases_source) in counts.into_iter().zip(releasable) {
             let chunks = first..first + count;
@@ -79,7 +79,7 @@ impl Releases {
             };
             releases.sources.push(Watched { chunks, page: AtomicUsize::new(watched) });
         }
-        releases
+        Ok(releases)
     }
 
     /// The chunk at an index of a [source's](Watched::chunks).
@@ -120,30 +120,22 @@ impl Releases {
         }
         // Before the attempt: a thread that is inside now sees it after it has left.
         watched.store(ANY, Ordering::SeqCst);
-        if self.freed.as_ref().is_some_and(|freed| freed.is_full()) {
-            return 0;
-        }
-        let released =
-            layout.memory_of(source).map_or(Released::No, |memory| memory.release(|bytes| self.free(bytes)));
+        let Some(memory) = layout.memory_of(source) else { return 0 };
+        let released = memory.release();
         if released != Released::Busy {
-            watched.store(NONE, Ordering::SeqCst);
+            watched.store(NONE, Ordering::Relaxed);
         }
-        match released {
-            Released::Bytes(bytes) => bytes,
-            Released::Busy | Released::No => 0,
+        let Released::Bytes(bytes) = released else { return 0 };
+        match &self.waiting {
+            Some(waiting) => waiting.push(source, bytes),
+            None => memory.take_released().into_iter().for_each(discard),
         }
-    }
-
-    fn free(&self, bytes: Bytes) {
-        match &self.freed {
-            Some(freed) => freed.push(bytes),
-            None => discard(bytes),
-        }
+        bytes
     }
 
     /// Frees the released sources that wait, in this thread.
     pub(crate) fn free_waiting(&self) {
-        self.freed.iter().for_each(|freed| freed.free_waiting());
+        self.waiting.iter().for_each(Member::free_waiting);
     }
 
     /// The first page from `from` on that has bytes of one of a source's chunks and is not present.
@@ -193,8 +185,8 @@ fn first_index(Range { mut start, mut end }: Range<usize>, holds: impl Fn(usize)
     start
 }
 
-/// Watches any page, because all are present and a thread was inside the source, or too many sources wait
-/// to be freed: no page has this number.
+/// Watches any page, because all are present and a thread was inside the source: no page has this
+/// number.
 const ANY: usize = usize::MAX;
 /// Watches no page: the source is released, or never will be.
 const NONE: usize = usize::MAX - 1;
@@ -247,7 +239,7 @@ mod models {
             let mut layout = LayoutBuilder::default();
             layout.push(Chunk::from(vec![7; pages * PAGE.bytes()])).unwrap();
             let mut layout = layout.finish(false).unwrap();
-            let releases = Releases::new(&mut layout, Releasables::Owned, PAGE, None);
+            let releases = Releases::new(&mut layout, Releasables::Owned, PAGE, None).unwrap();
             let pages = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
             Arc::new(Self { layout, pages, releases })
         }
