@@ -219,7 +219,8 @@ fn released_sources_are_freed_once_a_few_megabytes_wait() {
     assert!(region.as_slice().iter().step_by(PAGE).all(|&byte| byte == 7));
     until(|| drops.load(Ordering::SeqCst) >= 12);
     drop(region);
-    assert_eq!(drops.load(Ordering::SeqCst), 16);
+    // The thread may still free the last ones.
+    until(|| drops.load(Ordering::SeqCst) == 16);
 }
 
 #[test]

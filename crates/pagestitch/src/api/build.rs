@@ -410,7 +410,7 @@ fn finish(
     let tables = PageTables::new(pages, &serve_options, membership.is_some()).map_err(no_table)?;
     let children = forked_children(&name, inherit_on_fork && server.inner().serves_faults())?;
     let (max_in_flight, share) = (serve_options.max_in_flight, membership.as_ref().map(Membership::share));
-    let releases = releases(&mut layout, releasables, size, server).map_err(|error| error.inside(&name))?;
+    let releases = releases(&mut layout, releasables, size, server);
     let shown_pages = shown.in_place.pages() - shown.padding as u64 + shown.moved.pages();
     let growth = capacity.map(|capacity| Growth::new(capacity, align, layout.chunks()));
     let mut mapping = Mapping::new(
@@ -444,15 +444,10 @@ fn releases(
     which: Option<Releasables>,
     page: PageSize,
     server: &Server,
-) -> Result<Option<Releases>, Error> {
+) -> Option<Releases> {
     let (freed, is_asked) = (server.inner().frees(), which == Some(Releasables::Owned));
     let releases = |which: &Releasables| (is_asked || freed.is_some()) && layout.has_releasable(*which);
-    let Some(which) = which.filter(releases) else { return Ok(None) };
-    let releases = Releases::new(layout, which, page, freed).map_err(|error| {
-        let what = "cannot start the thread that frees sources (threads: ulimit -u; addresses: ulimit -v)";
-        Error::no_thread(what, error)
-    });
-    releases.map(Some)
+    which.filter(releases).map(|which| Releases::new(layout, which, page, freed))
 }
 
 /// Drops the sources of a region that the build has filled.

@@ -493,11 +493,6 @@ impl<S> Builder<S> {
     /// [`Metrics::bytes_released`](crate::Metrics::bytes_released) how much was released. Both count sources
     /// that wait to be freed as released.
     ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::LimitReached`](crate::ErrorKind::LimitReached) at the build, if the pool can start no
-    /// thread.
-    ///
     /// ```
     /// # use pagestitch::source::Memory;
     /// # use pagestitch::{Pool, Region};

@@ -3,7 +3,8 @@
 //!
 //! `populate` and the drop of a region free what waits of the region. Besides, a thread frees all that
 //! waits in the regions of a server, once that is [`ENOUGH`]. It is not woken for less, because to wake
-//! it costs as much as a fault; and not started before the regions have so many bytes.
+//! it costs as much as a fault; and not started before the regions have so many bytes. If it cannot
+//! start, they wait for the calls.
 //!
 //! The sources of a region that wait are a stack of their numbers. Each is pushed once, so a stack that
 //! is taken off as a whole changes no more.
@@ -14,10 +15,10 @@ use crate::source::{Memory, Source};
 use bytes::Bytes;
 use pagestitch_kernel::fork::ForkGeneration;
 use std::collections::HashMap;
+use std::iter;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Thread};
-use std::{io, iter};
 
 /// The regions of a server that release sources, and the thread that frees these.
 #[derive(Debug)]
@@ -74,25 +75,26 @@ impl Freed {
     }
 
     /// Adds the sources of a region, by their numbers.
-    ///
-    /// # Errors
-    ///
-    /// That of the start of the thread.
-    pub(crate) fn add(self: &Arc<Self>, sources: impl Iterator<Item = Option<Memory>>) -> io::Result<Member> {
+    pub(crate) fn add(self: &Arc<Self>, sources: impl Iterator<Item = Option<Memory>>) -> Member {
         let all = sources.map(|memory| Waiting { memory, below: AtomicUsize::new(BOTTOM) }).collect();
         let sources = Arc::new(Sources { top: AtomicUsize::new(BOTTOM), all });
         let mut regions = self.regions();
-        if regions.bytes + sources.bytes() >= ENOUGH && self.thread.get().is_none() {
-            let (freed, quiet) = (Arc::clone(self), NoSignals::until_dropped());
-            let named = thread::Builder::new().name(String::from("pagestitch/free"));
-            let started = named.spawn(move || freed.run())?;
-            drop(quiet);
-            let _ = self.thread.set(started.thread().clone());
-        }
         regions.bytes += sources.bytes();
         regions.known.insert(Arc::as_ptr(&sources).addr(), Arc::clone(&sources));
+        if regions.bytes >= ENOUGH && self.thread.get().is_none() {
+            self.start();
+        }
         drop(regions);
-        Ok(Member { freed: Arc::clone(self), sources })
+        Member { freed: Arc::clone(self), sources }
+    }
+
+    /// Starts the thread. Without one, sources wait for calls.
+    fn start(self: &Arc<Self>) {
+        let (freed, _quiet) = (Arc::clone(self), NoSignals::until_dropped());
+        let named = thread::Builder::new().name(String::from("pagestitch/free"));
+        if let Ok(started) = named.spawn(move || freed.run()) {
+            let _ = self.thread.set(started.thread().clone());
+        }
     }
 
     /// Ends the thread.
@@ -104,8 +106,8 @@ impl Freed {
     fn run(&self) {
         while !self.has_ended.load(Ordering::SeqCst) {
             thread::park();
-            // Taken under the lock, so that a dropped region leaves no source to this thread; freed
-            // outside, because destructors may drop regions.
+            // Taken under the lock, so that the sources that still wait are those of the drop; freed outside,
+            // because destructors may drop regions.
             let taken: Vec<_> = self.regions().known.values().flat_map(|sources| sources.take()).collect();
             self.free(taken);
         }

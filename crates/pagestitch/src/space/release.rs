@@ -25,7 +25,6 @@ use crate::guard::discard;
 use crate::source::{Releasables, Released};
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{Page, PageSize, Span};
-use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -52,19 +51,15 @@ struct Watched {
 
 impl Releases {
     /// Makes memory of a layout releasable.
-    ///
-    /// # Errors
-    ///
-    /// That of the start of the thread that frees it.
     pub(crate) fn new(
         layout: &mut Layout,
         which: Releasables,
         page: PageSize,
         freed: Option<&Arc<Freed>>,
-    ) -> io::Result<Self> {
+    ) -> Self {
         let releasable = layout.make_releasable(which);
         let memory = |(source, &releases)| if releases { layout.memory_of(source).cloned() } else { None };
-        let waiting = freed.map(|freed| freed.add(releasable.iter().enumerate().map(memory))).transpose()?;
+        let waiting = freed.map(|freed| freed.add(releasable.iter().enumerate().map(memory)));
         let (counts, chunks) = by_source(layout, releasable.len());
         let sources = Vec::with_capacity(releasable.len());
         let mut releases = Self { page, chunks, sources, waiting };
@@ -79,7 +74,7 @@ impl Releases {
             };
             releases.sources.push(Watched { chunks, page: AtomicUsize::new(watched) });
         }
-        Ok(releases)
+        releases
     }
 
     /// The chunk at an index of a [source's](Watched::chunks).
@@ -239,7 +234,7 @@ mod models {
             let mut layout = LayoutBuilder::default();
             layout.push(Chunk::from(vec![7; pages * PAGE.bytes()])).unwrap();
             let mut layout = layout.finish(false).unwrap();
-            let releases = Releases::new(&mut layout, Releasables::Owned, PAGE, None).unwrap();
+            let releases = Releases::new(&mut layout, Releasables::Owned, PAGE, None);
             let pages = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
             Arc::new(Self { layout, pages, releases })
         }
