@@ -465,11 +465,12 @@ impl<S> Builder<S> {
     /// all of its bytes, so that these are not in memory twice.
     ///
     /// **Default.** A read-only [`Region`] of a [`Pool`](crate::Pool) frees buffers of the standard library
-    /// (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, `String`, arrays) of a page or more. If your code discards or moves pages of it (`MADV_DONTNEED`, `mremap(2)`), say
-    /// [`keep_sources`](Self::keep_sources). All sources are kept where a page may be filled again without
-    /// such a call: in a [`SharedRegion`], and with [`writable`](Self::writable),
-    /// [`report_discards`](Self::report_discards), [`budget`](Self::budget), [`capacity`](Self::capacity) or
-    /// [`inherit_on_fork`](Self::inherit_on_fork); also before Linux 6.6. This option frees all owned memory.
+    /// (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, `String`, arrays) of a page or more. If your code discards or
+    /// moves pages of it (`MADV_DONTNEED`, `mremap(2)`), say [`keep_sources`](Self::keep_sources). All sources
+    /// are kept where a page may be filled again for other reasons: in a [`SharedRegion`], and with
+    /// [`writable`](Self::writable), [`report_discards`](Self::report_discards), [`budget`](Self::budget),
+    /// [`capacity`](Self::capacity) or [`inherit_on_fork`](Self::inherit_on_fork); also before Linux 6.6. This
+    /// option frees all owned memory.
     ///
     /// * **Discarded pages** of a released source are lost: touching one raises SIGBUS, and `read_at` and
     ///   `populate` fail with [`FailureReason::Released`](crate::source::FailureReason::Released), whatever
