@@ -102,7 +102,7 @@ impl Options {
             && self.budget.is_none()
             && self.capacity.is_none()
             && !self.inherit_on_fork
-            // A user who has chosen discards pages.
+            // The option is for programs that discard pages.
             && self.report_discards.is_none()
     }
 
