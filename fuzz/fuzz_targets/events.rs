@@ -88,7 +88,7 @@ fn seen(event: &Event) -> Expected {
         Event::Remove { start, end } => Expected::Remove(*start as u64, *end as u64),
         Event::Unmap { start, end } => Expected::Unmap(*start as u64, *end as u64),
         Event::Remap { from, to, bytes } => Expected::Remap(*from as u64, *to as u64, *bytes as u64),
-        Event::Fork { child } => Expected::Fork(std::os::fd::AsFd::as_fd(child).as_raw_fd()),
+        Event::Fork { child, .. } => Expected::Fork(std::os::fd::AsFd::as_fd(child).as_raw_fd()),
     }
 }
 
