@@ -379,7 +379,7 @@ fn finish(
     server: &Server,
 ) -> Result<(Option<View>, AnyRegion), Error> {
     let PreparedTarget { target, uffd, shown, moves, staged, blocks, membership, mut view } = prepared;
-    let releasables = options.releasables(server, uffd.features().contains(Features::POISON));
+    let releasables = options.releasables(uffd.features().contains(Features::POISON));
     // All fields are named, without `..`: an option that is forgotten here does not compile.
     let Options {
         name: _,
@@ -445,9 +445,9 @@ fn releases(
     page: PageSize,
     server: &Server,
 ) -> Option<Releases> {
-    let (freed, is_asked) = (server.inner().frees(), which == Some(Releasables::Owned));
-    let releases = |which: &Releasables| (is_asked || freed.is_some()) && layout.has_releasable(*which);
-    which.filter(releases).map(|which| Releases::new(layout, which, page, freed))
+    let (frees, is_asked) = (server.inner().deferred_free(), which == Some(Releasables::Owned));
+    let releases = |which: &Releasables| (is_asked || frees.is_some()) && layout.has_releasable(*which);
+    which.filter(releases).map(|which| Releases::new(layout, which, page, frees))
 }
 
 /// Drops the sources of a region that the build has filled.

@@ -3,7 +3,7 @@
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::policy::Readahead;
 use crate::reclaim::Budget;
-use crate::serve::{Demands, Server};
+use crate::serve::Demands;
 use crate::source::Releasables;
 use crate::space::{RecordFor, ServeOptions};
 use pagestitch_kernel::{Access, PageSize};
@@ -79,19 +79,15 @@ impl Options {
     }
 
     /// The memory that the region releases when it has all of its bytes. If the user has not chosen, these
-    /// are buffers of a region whose pages nothing but an `unsafe` call of the application discards, and
-    /// which are not filled in signal handlers, because those free no memory. Without poison markers, a page
-    /// of a released source that is swapped out may be taken for a discarded one, and is lost then.
-    pub(super) fn releasables(&self, server: &Server, has_poison: bool) -> Option<Releasables> {
+    /// are buffers of a region whose pages nothing but an `unsafe` call of the application discards. Without
+    /// poison markers, a page of a released source that is swapped out may be taken for a discarded one, and
+    /// is lost then.
+    pub(super) fn releasables(&self, has_poison: bool) -> Option<Releasables> {
+        let buffers = Releasables::Buffers { least: PageSize::system().bytes() };
         match self.release_sources {
             Some(true) => Some(Releasables::Owned),
             Some(false) => None,
-            None => {
-                let server = server.inner();
-                let keeps_pages = has_poison || !server.serves_faults();
-                let releases = self.is_never_discarded() && keeps_pages && !server.is_in_handler();
-                releases.then_some(Releasables::Buffers { least: PageSize::system().bytes() })
-            }
+            None => (has_poison && self.is_never_discarded()).then_some(buffers),
         }
     }
 

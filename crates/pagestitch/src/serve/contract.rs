@@ -5,7 +5,7 @@ use crate::fault::PrefetchJob;
 use crate::metrics::Presence;
 use crate::serve::served::Served;
 use crate::serve::{populate, retry_failed};
-use crate::space::{Chunk, Freed, Mapping, Shards, SpareUffds};
+use crate::space::{Chunk, DeferredFree, Mapping, Shards, SpareUffds};
 use pagestitch_kernel::{Errno, Features, Reservation, Span, View};
 use std::fmt;
 use std::sync::Arc;
@@ -72,7 +72,7 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
 
     /// Frees released sources in a thread that serves no faults. `None`: the threads that fill pages free
     /// them.
-    fn frees(&self) -> Option<&Arc<Freed>> {
+    fn deferred_free(&self) -> Option<&Arc<DeferredFree>> {
         None
     }
 

@@ -24,7 +24,7 @@ use crate::serve::server_state::ServerState;
 use crate::serve::watchdog::{Limits, Watchdog};
 use crate::serve::worker_table;
 use crate::signals::NoSignals;
-use crate::space::{Freed, Mapping, Shards, SpareUffds};
+use crate::space::{DeferredFree, Mapping, Shards, SpareUffds};
 use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::{Errno, Features, Reservation};
 use parking_lot::Mutex;
@@ -194,10 +194,10 @@ impl FaultServer for Pool {
         Ok(())
     }
 
-    fn frees(&self) -> Option<&Arc<Freed>> {
+    fn deferred_free(&self) -> Option<&Arc<DeferredFree>> {
         // A child may have been forked while another thread initialised it.
         let is_here = self.handle.generation.is_current();
-        is_here.then(|| self.handle.freed.get_or_init(|| Arc::new(Freed::new())))
+        is_here.then(|| self.handle.deferred_free.get_or_init(|| Arc::new(DeferredFree::new())))
     }
 
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
@@ -423,7 +423,7 @@ impl PoolBuilder {
             state: Arc::new(state),
             watch: Mutex::default(),
             fork_reader: Mutex::default(),
-            freed: OnceLock::new(),
+            deferred_free: OnceLock::new(),
             generation: ForkGeneration::current(),
         };
         for post in 0..cpus.workers {
@@ -471,7 +471,7 @@ struct Handle {
     watch: Mutex<Option<JoinHandle<()>>>,
     fork_reader: Mutex<Option<JoinHandle<()>>>,
     /// Its thread is not joined, because it may be in the destructor of a source.
-    freed: OnceLock<Arc<Freed>>,
+    deferred_free: OnceLock<Arc<DeferredFree>>,
     generation: ForkGeneration,
 }
 
@@ -527,7 +527,7 @@ impl Drop for Handle {
             // A forked child has no threads to join, and shares the stop event with the parent.
             return;
         }
-        self.freed.get().into_iter().for_each(|freed| freed.end());
+        self.deferred_free.get().into_iter().for_each(|frees| frees.end());
         let report = self.join();
         log!(debug, workers = report.workers, faults = report.faults, "pool stopped");
     }

@@ -15,7 +15,7 @@
 //! | `lacking` | discarded pages become absent in the page table |
 //! | `residence` | the trait by which a region's pages count in a memory budget |
 //! | `release` | sources that are dropped when the region has all of their bytes |
-//! | `freed` | these sources until a thread frees them |
+//! | `deferred_free` | these sources until a thread frees them |
 //! | `failure_table` | the failure of each poisoned page |
 //! | `flushes` | what earlier flushes of written pages leave for later ones |
 //! | `failures` | when failures are kept, reported and removed |
@@ -28,13 +28,13 @@
 
 mod append;
 mod chunk;
+mod deferred_free;
 mod discards;
 mod failure_table;
 mod failures;
 mod fault_free;
 mod file_pages;
 mod flushes;
-mod freed;
 mod growth;
 mod into_chunk;
 mod lacking;
@@ -51,11 +51,11 @@ pub(crate) mod target;
 mod written;
 
 pub use chunk::Chunk;
+pub(crate) use deferred_free::DeferredFree;
 pub(crate) use discards::{DiscardNotice, Discards};
 pub(crate) use failure_table::FailureCallback;
 pub(crate) use fault_free::FaultFree;
 pub(crate) use flushes::Flushes;
-pub(crate) use freed::Freed;
 pub(crate) use growth::{Growth, Reveal};
 pub use into_chunk::IntoChunk;
 pub(crate) use layout::{Layout, LayoutBuilder, Piece};
@@ -144,7 +144,7 @@ pub(crate) struct Mapping {
     pub(crate) replay: Option<Replay>,
     /// `Ok` if whole blocks are filled in staging and moved in, or the reason against it.
     pub(crate) staged: Result<(), &'static str>,
-    /// The sources that are released, if the builder asks for that.
+    /// The sources that are released, if there are some.
     releases: Option<Releases>,
     pub(crate) counters: Arc<Counters>,
     /// Its part in a memory budget. Dropped before the target: its pages count as long as they exist.

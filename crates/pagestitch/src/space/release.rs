@@ -19,7 +19,7 @@
 //! thread looks at its pages again after it has left the source.
 
 use super::Layout;
-use super::freed::{Freed, Member};
+use super::deferred_free::{DeferredFree, Member};
 use super::page_table::PageTable;
 use crate::guard::discard;
 use crate::source::{Releasables, Released};
@@ -55,11 +55,11 @@ impl Releases {
         layout: &mut Layout,
         which: Releasables,
         page: PageSize,
-        freed: Option<&Arc<Freed>>,
+        frees: Option<&Arc<DeferredFree>>,
     ) -> Self {
         let releasable = layout.make_releasable(which);
         let memory = |(source, &releases)| if releases { layout.memory_of(source).cloned() } else { None };
-        let waiting = freed.map(|freed| freed.add(releasable.iter().enumerate().map(memory)));
+        let waiting = frees.map(|frees| frees.add(releasable.iter().enumerate().map(memory)));
         let (counts, chunks) = by_source(layout, releasable.len());
         let sources = Vec::with_capacity(releasable.len());
         let mut releases = Self { page, chunks, sources, waiting };

@@ -22,7 +22,7 @@ use std::thread::{self, Thread};
 
 /// The regions of a server that release sources, and the thread that frees these.
 #[derive(Debug)]
-pub(crate) struct Freed {
+pub(crate) struct DeferredFree {
     regions: Mutex<Regions>,
     /// The bytes that wait, in all regions.
     waiting: AtomicU64,
@@ -40,10 +40,10 @@ struct Regions {
     bytes: u64,
 }
 
-/// The part of a region in a [`Freed`], until its drop.
+/// The part of a region in a [`DeferredFree`], until its drop.
 #[derive(Debug)]
 pub(crate) struct Member {
-    freed: Arc<Freed>,
+    frees: Arc<DeferredFree>,
     sources: Arc<Sources>,
 }
 
@@ -63,7 +63,7 @@ struct Waiting {
     below: AtomicUsize,
 }
 
-impl Freed {
+impl DeferredFree {
     pub(crate) fn new() -> Self {
         Self {
             regions: Mutex::default(),
@@ -85,14 +85,14 @@ impl Freed {
             self.start();
         }
         drop(regions);
-        Member { freed: Arc::clone(self), sources }
+        Member { frees: Arc::clone(self), sources }
     }
 
     /// Starts the thread. Without one, sources wait for calls.
     fn start(self: &Arc<Self>) {
-        let (freed, _quiet) = (Arc::clone(self), NoSignals::until_dropped());
+        let (frees, _quiet) = (Arc::clone(self), NoSignals::until_dropped());
         let named = thread::Builder::new().name(String::from("pagestitch/free"));
-        if let Ok(started) = named.spawn(move || freed.run()) {
+        if let Ok(started) = named.spawn(move || frees.run()) {
             let _ = self.thread.set(started.thread().clone());
         }
     }
@@ -131,25 +131,25 @@ impl Member {
     /// Adds a released source to those that wait. Allocates nothing, frees nothing and takes no lock.
     pub(crate) fn push(&self, source: usize, bytes: u64) {
         // Counted before the thread can find it.
-        let waiting = self.freed.waiting.fetch_add(bytes, Ordering::SeqCst) + bytes;
+        let waiting = self.frees.waiting.fetch_add(bytes, Ordering::SeqCst) + bytes;
         self.sources.push(source);
         if waiting >= ENOUGH {
-            self.freed.thread.get().into_iter().for_each(Thread::unpark);
+            self.frees.thread.get().into_iter().for_each(Thread::unpark);
         }
     }
 
     /// Frees the sources that wait, in this thread.
     pub(crate) fn free_waiting(&self) {
-        self.freed.free(self.sources.take());
+        self.frees.free(self.sources.take());
     }
 }
 
 impl Drop for Member {
     fn drop(&mut self) {
-        if !self.freed.made_in.is_current() {
+        if !self.frees.made_in.is_current() {
             return;
         }
-        let mut regions = self.freed.regions();
+        let mut regions = self.frees.regions();
         regions.bytes -= self.sources.bytes();
         let known = regions.known.remove(&Arc::as_ptr(&self.sources).addr());
         drop(regions);
