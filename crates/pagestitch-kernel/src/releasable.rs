@@ -11,7 +11,8 @@
 //! assert!(matches!(value.release(), Release::Busy));
 //! assert_eq!(reader[0], 7);
 //! drop(reader);
-//! assert!(matches!(value.release(), Release::Taken(bytes) if bytes.len() == 100));
+//! assert!(matches!(value.release(), Release::Done));
+//! assert_eq!(value.take_released().unwrap().len(), 100);
 //! assert!(value.read().is_none());
 //! ```
 
@@ -37,9 +38,9 @@ unsafe impl<T: Send + Sync> Sync for Releasable<T> {}
 
 /// The answer to [`Releasable::release`].
 #[derive(Debug)]
-pub enum Release<T> {
-    /// The value: no reader has it, and none can get it.
-    Taken(T),
+pub enum Release {
+    /// No reader has the value, and none can get it.
+    Done,
     /// A reader has the value. Nothing is changed.
     Busy,
     /// The value was released before.
@@ -69,26 +70,18 @@ impl<T> Releasable<T> {
         value.as_ref().map(|value| ReleasableGuard { value: GuardedRef::new(value), _guard: guard })
     }
 
-    /// Takes the value, so that no thread can read it any more, unless a thread reads it now.
-    pub fn release(&self) -> Release<T> {
-        match self.close() {
-            Release::Taken(()) => self.take_closed().map_or(Release::Before, Release::Taken),
-            Release::Busy => Release::Busy,
-            Release::Before => Release::Before,
-        }
-    }
-
-    /// Releases the value and leaves it in place until [`take_closed`](Self::take_closed), or the drop.
-    pub fn close(&self) -> Release<()> {
+    /// Lets no thread read the value any more, unless a thread reads it now. The value stays in place until
+    /// [`take_released`](Self::take_released), or the drop.
+    pub fn release(&self) -> Release {
         match self.readers.compare_exchange(0, RELEASED, Ordering::SeqCst, Ordering::SeqCst) {
-            Ok(_) => Release::Taken(()),
+            Ok(_) => Release::Done,
             Err(readers) if readers & RELEASED == 0 => Release::Busy,
             Err(_) => Release::Before,
         }
     }
 
-    /// The value, once after [`close`](Self::close).
-    pub fn take_closed(&self) -> Option<T> {
+    /// The value, once after [`release`](Self::release).
+    pub fn take_released(&self) -> Option<T> {
         if self.readers.load(Ordering::SeqCst) & RELEASED == 0 {
             return None;
         }
@@ -158,7 +151,8 @@ mod tests {
     fn a_released_value_cannot_be_read_or_released_again() {
         let value = Releasable::new(String::from("bytes"));
         assert_eq!(value.read().as_deref().map(String::as_str), Some("bytes"));
-        assert!(matches!(value.release(), Release::Taken(taken) if taken == "bytes"));
+        assert!(matches!(value.release(), Release::Done));
+        assert!(value.take_released().is_some_and(|taken| taken == "bytes"));
         assert!(value.is_released() && value.read().is_none());
         assert!(matches!(value.release(), Release::Before));
     }
@@ -181,9 +175,9 @@ mod tests {
                 }
                 loop {
                     match value.release() {
-                        Release::Taken(bytes) => {
+                        Release::Done => {
                             done.store(true, Ordering::SeqCst);
-                            break drop(bytes);
+                            break drop(value.take_released());
                         }
                         Release::Busy => thread::yield_now(),
                         Release::Before => panic!("only this thread releases"),
@@ -206,7 +200,7 @@ mod models {
     /// the readers have left.
     fn released_among(readers: usize, releases: usize) {
         let shared = Arc::new((Releasable::new(()), AtomicBool::new(false)));
-        let taken = |value: &Releasable<()>| matches!(value.release(), Release::Taken(()));
+        let taken = |value: &Releasable<()>| matches!(value.release(), Release::Done);
         let read = |shared: Arc<(Releasable<()>, AtomicBool)>| {
             move || {
                 let seen = shared.0.read();

@@ -164,8 +164,8 @@ impl Memory {
     /// [`take_released`](Self::take_released), or at the drop of the last clone.
     pub(crate) fn release(&self) -> Released {
         let Stable::Releasable(owned) = &self.bytes else { return Released::No };
-        match owned.bytes.close() {
-            Release::Taken(()) => Released::Bytes(owned.len as u64),
+        match owned.bytes.release() {
+            Release::Done => Released::Bytes(owned.len as u64),
             Release::Busy => Released::Busy,
             Release::Before => Released::No,
         }
@@ -174,7 +174,7 @@ impl Memory {
     /// The bytes, once after their release.
     pub(crate) fn take_released(&self) -> Option<Bytes> {
         match &self.bytes {
-            Stable::Releasable(owned) => owned.bytes.take_closed(),
+            Stable::Releasable(owned) => owned.bytes.take_released(),
             _ => None,
         }
     }
