@@ -5,7 +5,7 @@
 //!
 //! | policy | signs of use |
 //! |---|---|
-//! | `S3-FIFO` | soft faults, with an eighth of the memory in standby, through which a quarter of the pages passes while few come back: as a budget has it |
+//! | `S3-FIFO` | soft faults, with an eighth of the memory in standby, and less while few pages come back: as a budget has it |
 //! | `S3-FIFO, all`, `FIFO` | soft faults; all pages pass through standby |
 //! | `S3-FIFO, bits` | a perfect reference bit for each page |
 //! | `LRU` | each touch |
@@ -30,7 +30,7 @@ fn main() {
         let trace: Vec<PageKey> = (0..touches).map(|step| draw(step, &mut random)).collect();
         let policy = || S3Fifo::new(2 * MEMORY);
         let caches: [(&str, Box<dyn Cache>); 5] = [
-            ("S3-FIFO", Box::new(Standby::new(policy(), Some(Sampling::new())))),
+            ("S3-FIFO", Box::new(Standby::new(policy(), Some(Sampling::new(WAITING))))),
             ("S3-FIFO, all", Box::new(Standby::new(policy(), None))),
             ("FIFO", Box::new(Standby::new(Fifo::default(), None))),
             ("S3-FIFO, bits", Box::new(WithBits::default())),
@@ -55,9 +55,10 @@ fn main() {
 /// The next page of a trace.
 type Draw = fn(usize, &mut fastrand::Rng) -> PageKey;
 
-const TRACES: [(&str, Draw); 4] = [
+const TRACES: [(&str, Draw); 5] = [
     ("uniform", |_, random| random.u64(..PAGES as u64)),
     ("zipf 0.99", |_, random| zipf(random)),
+    ("hot set", |step, random| random.u64(..if step % 20 == 0 { PAGES } else { MEMORY * 4 / 5 } as u64)),
     ("scan", |step, _| step as u64 % PAGES as u64),
     ("scan + hot set", |step, random| if step % 2 == 0 { zipf(random) } else { (PAGES + step) as u64 }),
 ];
@@ -81,7 +82,7 @@ trait Cache {
     fn touch(&mut self, page: PageKey) -> Touched;
 }
 
-/// Memory of which an eighth is standby.
+/// Memory of which an eighth is standby at most.
 struct Standby<P> {
     policy: P,
     resident: HashSet<PageKey>,
@@ -125,7 +126,8 @@ impl<P: Replacement> Cache for Standby<P> {
         }
         self.resident.insert(page);
         self.policy.admit(page, returned);
-        if self.resident.len() > MEMORY - MEMORY / 8 {
+        let waiting = self.sampling.as_ref().map_or(WAITING, Sampling::waiting);
+        while self.resident.len() > MEMORY - waiting {
             let victim = self.policy.victim().expect("a page is resident");
             self.resident.remove(&victim);
             if self.takes_next() {
@@ -135,7 +137,7 @@ impl<P: Replacement> Cache for Standby<P> {
                 self.policy.dropped(victim);
             }
         }
-        if self.queue.len() > MEMORY / 8 {
+        while self.queue.len() > waiting {
             let dropped = self.queue.pop_front().expect("the list is long");
             self.waiting.remove(&dropped);
             self.policy.dropped(dropped);
@@ -250,5 +252,7 @@ impl Cache for Lru {
 const PAGES: usize = 32_768;
 /// A quarter of the pages.
 const MEMORY: usize = PAGES / 4;
+/// The most pages that wait on the standby list.
+const WAITING: usize = MEMORY / 8;
 /// The pages that leave at once.
 const BATCH: usize = 64;

@@ -1,11 +1,12 @@
 //! Regions with a budget: pages leave, come back with the same bytes, and resident memory stays within it.
 
-use crate::discard;
+use crate::bounded_writes::moves_no_pages;
 use crate::inline_files::file_of;
 use crate::machine::rounds;
 use crate::waits::until;
+use crate::{PAGE, discard};
 use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, OnFailure, Pool, Region, Server};
-use pagestitch::{SharedRegion, Source};
+use pagestitch::{Readahead, SharedRegion, Source};
 use pagestitch_testkit::scope::scope;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -103,6 +104,43 @@ fn several_workers_evict_at_once() {
 fn signal_handlers_evict_at_once() {
     read_at_random(Inline, 1);
     read_at_random(Inline, 4);
+}
+
+/// A budget of 32 MiB has room for 896 waiting pages, or 128.
+fn the_standby_list_has_the_length_it_is_worth(server: Server) {
+    const BUDGET: u64 = 32 << 20;
+    const MOST: usize = 14_000;
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let region = Region::builder().chunk(vec![7u8; MOST * PAGE]).budget(&budget);
+    let region = region.readahead(Readahead::None).build(server).unwrap();
+    let touch = |page: usize| assert_eq!(region.as_slice()[page * PAGE], 7);
+    // No page is touched again before the others.
+    (0..2 * MOST).for_each(|step| touch(step * 4099 % MOST));
+    let standby = budget.standby_bytes();
+    assert!(standby <= 256 * PAGE as u64, "{standby} bytes of pages that do not come back");
+    let resident = budget.resident_bytes();
+    assert!(resident > BUDGET / 100 * 95, "the regions have the other memory: {resident} bytes");
+    if moves_no_pages() {
+        return;
+    }
+    // One page of four that leaves is touched again soon.
+    let mut pages = random(1, 11_000);
+    let is_long = (0..100).any(|_| {
+        pages.by_ref().take(10_000).for_each(touch);
+        budget.standby_bytes() >= 512 * PAGE as u64
+    });
+    assert!(is_long, "{:?}", budget.metrics());
+    assert!(budget.resident_bytes() <= BUDGET);
+}
+
+#[test]
+fn the_standby_list_is_short_while_few_pages_come_back() {
+    the_standby_list_has_the_length_it_is_worth((&pool(1)).into());
+}
+
+#[test]
+fn the_standby_list_of_signal_handlers_is_short_while_few_pages_come_back() {
+    the_standby_list_has_the_length_it_is_worth(Inline.into());
 }
 
 /// A worker, and the threads that touch an inline region, take each other's pages away.

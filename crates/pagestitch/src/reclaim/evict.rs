@@ -5,7 +5,7 @@ use crate::reclaim::blocks::BLOCK_PAGES;
 use crate::reclaim::places::Place;
 use crate::reclaim::share::{Quiet, Share, State};
 use crate::reclaim::slots::Emptying;
-use crate::reclaim::state::{BATCH, Chooser, Standby, count, key_of, member_of, page_of};
+use crate::reclaim::state::{BATCH, Chooser, SPARE_SLOTS, Standby, count, key_of, member_of, page_of};
 use crate::reclaim::write_back::{Batch, Writer};
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, PageState};
@@ -27,12 +27,17 @@ impl State {
             self.drop_block(first);
             return true;
         }
+        if let Some((standby, run)) = self.begin_shortening(&mut chooser) {
+            drop(chooser);
+            self.empty(standby, run);
+            return true;
+        }
         let Some(standby) = self.standby_of_batch(&mut chooser) else {
             let victims = chooser.victims_to_drop(&mut room);
             drop(chooser);
             return self.drop_pages(victims) > 0;
         };
-        let run = standby.begin_empty(&mut chooser, 2 * BATCH);
+        let run = standby.begin_empty(&mut chooser, SPARE_SLOTS);
         let (slot, most) = standby.slots.take(&mut chooser.ends, BATCH);
         let victims = chooser.victims_to_move(&mut room[..most]);
         drop(chooser);
@@ -49,8 +54,17 @@ impl State {
     pub(super) fn standby_of_batch(&self, chooser: &mut Chooser) -> Option<&Standby> {
         let standby = self.standby.as_ref()?;
         let has_writes = self.writes.regions.load(Ordering::Relaxed) > 0;
-        let returned = self.tally.soft_faults.load(Ordering::Relaxed);
-        (chooser.sampling.takes_next(returned) || has_writes).then_some(standby)
+        let sampling = &mut chooser.sampling;
+        let takes = sampling.takes_next(self.tally.soft_faults.load(Ordering::Relaxed));
+        standby.set_waiting(if has_writes { standby.slots.len() } else { sampling.waiting() });
+        (takes || has_writes).then_some(standby)
+    }
+
+    /// Begins to empty slots of a standby list that is longer than it may be.
+    pub(super) fn begin_shortening(&self, chooser: &mut Chooser) -> Option<(&Standby, Emptying)> {
+        let standby = self.standby.as_ref()?;
+        let run = standby.begin_empty(chooser, 0)?;
+        (run.frames > 0).then_some((standby, run))
     }
 
     /// Frees memory: that of the oldest slots; if there is none, that of resident pages. False if there is
@@ -176,20 +190,6 @@ impl State {
     }
 }
 
-impl Standby {
-    /// Begins to empty the oldest slots if fewer than so many are free.
-    pub(super) fn begin_empty(&self, chooser: &mut Chooser, free: usize) -> Option<Emptying> {
-        let Chooser { policy, ends, .. } = chooser;
-        let is_short = self.slots.free(ends) < free;
-        is_short.then(|| self.slots.begin_empty(ends, BATCH, |page| policy.dropped(page)))
-    }
-
-    /// No pages have moved to taken slots, from `slot` on.
-    pub(super) fn skip(&self, slot: usize, slots: usize) {
-        (0..slots).for_each(|step| self.slots.skip(self.slots.after(slot, step)));
-    }
-}
-
 impl Share {
     /// False for pages of an ended region that was longer and had the number of this one: a thread chooses
     /// pages before it enters their region.
@@ -282,7 +282,7 @@ impl Share {
         (standby, slot): (&Standby, usize),
         writer: &mut Writer<'_, '_>,
     ) -> usize {
-        let Standby { arena, slots } = standby;
+        let Standby { arena, slots, .. } = standby;
         let span = self.pins.free_prefix(claim.span());
         if span.is_empty() {
             slots.skip(slot);
@@ -540,7 +540,7 @@ mod tests {
         let number = NonZeroUsize::new(8).unwrap();
         // Before Linux 6.8 there is no standby list.
         let Ok(arena) = Arena::new(number) else { return };
-        let standby = Some(Standby { arena, slots: Slots::new(number).unwrap() });
+        let standby = Some(Standby::new(arena, Slots::new(number).unwrap()));
         let state = State::new(1024, standby, Box::new(S3Fifo::new(room_for(1024)))).unwrap();
         let slots = &state.standby.as_ref().unwrap().slots;
         for _ in 0..2 {

@@ -18,7 +18,7 @@ use crate::policy::PageKey;
 use crate::reclaim::evict::{block_at, leading_run};
 use crate::reclaim::share::{Quiet, Share, State, TRIES};
 use crate::reclaim::slots::Emptying;
-use crate::reclaim::state::{BATCH, Chooser, Standby, member_of, page_of};
+use crate::reclaim::state::{Chooser, SPARE_SLOTS, Standby, member_of, page_of};
 use crate::reclaim::write_back::Writer;
 use crate::reclaim::write_in_handler::HandlerWrites;
 use crate::space::Mapping;
@@ -191,12 +191,16 @@ impl State {
         let mut chosen = Chosen { emptied: None, is_block: false, writes: None, victims: 0 };
         let mut block = chooser.blocks.victim();
         if block.is_none() {
+            if let Some((_, run)) = self.begin_shortening(&mut chooser) {
+                chosen.emptied = Some(run);
+                return chosen;
+            }
             let standby = match need {
                 Need::Now => self.standby.as_ref(),
                 Need::Later => self.standby_of_batch(&mut chooser),
             };
             if let Some(standby) = standby {
-                let free = if need == Need::Now { usize::MAX } else { 2 * BATCH };
+                let free = if need == Need::Now { usize::MAX } else { SPARE_SLOTS };
                 let emptied = standby.begin_empty(&mut chooser, free);
                 chosen.emptied = emptied.filter(|run| !run.slots().is_empty());
             }

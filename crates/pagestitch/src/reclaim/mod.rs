@@ -13,7 +13,7 @@
 //! | `pressure` | reports of memory pressure lower the marks |
 //! | `requested` | pages that leave or stay because the application asks for it |
 //! | `pins` | pages that do not leave |
-//! | `sampling` | the share of the pages that pass through the standby list |
+//! | `sampling` | the share of the pages that pass through the standby list, and its length |
 //! | `soft_fault` | brings a page back from the standby list or the modified list |
 //! | `dirty` | the written pages of a region, and the states of a page |
 //! | `write_back` | dirty pages that have left go to their sources |

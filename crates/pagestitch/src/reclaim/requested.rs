@@ -3,7 +3,7 @@
 use crate::policy::PageKey;
 use crate::reclaim::places::Place;
 use crate::reclaim::share::{Share, State, without_handlers};
-use crate::reclaim::state::{BATCH, key_of, member_of, page_of};
+use crate::reclaim::state::{BATCH, SPARE_SLOTS, key_of, member_of, page_of};
 use pagestitch_kernel::{Page, Span};
 use std::sync::PoisonError;
 
@@ -82,7 +82,7 @@ impl State {
                 break;
             }
             let mut chooser = self.choose();
-            let run = standby.begin_empty(&mut chooser, 2 * BATCH);
+            let run = standby.begin_empty(&mut chooser, SPARE_SLOTS);
             let (slot, most) = standby.slots.take(&mut chooser.ends, rest.len());
             drop(chooser);
             if let Some(run) = run {

@@ -111,15 +111,15 @@ impl Slots {
         self.modified.load(Ordering::SeqCst)
     }
 
-    /// The number of slots that can be taken, at most.
-    pub(super) fn free(&self, ends: &Ends) -> usize {
-        self.len() - (ends.head - ends.tail)
+    /// The number of slots between both ends.
+    pub(super) const fn used(&self, ends: &Ends) -> usize {
+        ends.head - ends.tail
     }
 
     /// Takes up to `most` free slots in the order of the ring. Returns the first one, and their number.
     pub(super) fn take(&self, ends: &mut Ends, most: usize) -> (usize, usize) {
         let first = ends.head;
-        let most = most.min(self.free(ends));
+        let most = most.min(self.len() - self.used(ends));
         // Slots before the tail may not be emptied yet.
         let is_free = |at: &usize| self.state(*at) == FREE;
         let taken = (first..first + most).take_while(is_free).inspect(|at| self.set(*at, TAKEN)).count();

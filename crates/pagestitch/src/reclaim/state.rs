@@ -7,7 +7,7 @@ use crate::reclaim::dirty::Writes;
 use crate::reclaim::evictor::Evictor;
 use crate::reclaim::marks::Marks;
 use crate::reclaim::sampling::Sampling;
-use crate::reclaim::slots::{Ends, Slots};
+use crate::reclaim::slots::{Emptying, Ends, Slots};
 use pagestitch_kernel::arena::{Arena, Discards};
 use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::rcu::Rcu;
@@ -24,8 +24,6 @@ use std::time::{Duration, Instant};
 pub(super) struct State<S> {
     /// The most pages of memory.
     pub(super) limit: usize,
-    /// From this number of resident pages on, pages leave, unless the marks are lowered.
-    pub(super) resident_max: usize,
     pub(super) marks: Marks,
     /// The pages of memory in regions and in slots, and those that are reserved for pages to come.
     frames: Stripe<AtomicUsize>,
@@ -61,6 +59,8 @@ pub(super) type BatchBuffer = (Vec<u8>, Vec<(Page, usize)>);
 pub(super) struct Standby {
     pub(super) arena: Arena,
     pub(super) slots: Slots,
+    /// The slots that are in use at most. More are, while the list becomes shorter.
+    room: AtomicUsize,
 }
 
 /// Chooses the pages that leave, and their slots.
@@ -100,11 +100,10 @@ impl<S: Send + Sync> State<S> {
         policy: Box<dyn Replacement>,
     ) -> Result<Self, Errno> {
         let slots = standby.as_ref().map_or(0, |standby| standby.slots.len());
+        let sampling = Sampling::new(slots.saturating_sub(SPARE_SLOTS));
         let room = NonZeroUsize::new(room_for(limit)).expect("a budget has pages");
         Ok(Self {
             limit,
-            // Some memory is free, so that a fault seldom has to wait for it.
-            resident_max: limit - slots - free(limit),
             marks: Marks::new(limit),
             frames: Stripe(AtomicUsize::new(0)),
             hashes: AtomicUsize::new(0),
@@ -116,7 +115,7 @@ impl<S: Send + Sync> State<S> {
                 policy,
                 blocks: Blocks::new(limit),
                 ends: Ends::default(),
-                sampling: Sampling::new(),
+                sampling,
             }),
             permits: AtomicUsize::new(0),
             leaving: AtomicUsize::new(0),
@@ -211,9 +210,11 @@ impl<S: Send + Sync> State<S> {
         self.standby.is_some() && self.limit >= BLOCKS_LEAST
     }
 
-    /// True if pages should leave.
+    /// True if pages should leave: some memory is free at rest, so that a fault seldom has to wait for it.
     pub(super) fn is_due(&self) -> bool {
-        self.frames().saturating_sub(self.standby_pages()) > self.resident_max - self.lowered()
+        let room = self.standby.as_ref().map_or(0, Standby::room);
+        let resident = self.frames().saturating_sub(self.standby_pages().min(room));
+        resident > self.limit - room - free(self.limit) - self.lowered()
     }
 
     /// The right to choose; `None` if a thread has it, and the caller cannot wait for that thread.
@@ -233,6 +234,39 @@ impl<S: Send + Sync> State<S> {
     /// Counts the time of a thread that had to free memory before it could fill a page.
     pub(super) fn stalled_since(&self, began: Instant) {
         count(&self.tally.stalled_ns, usize::try_from(began.elapsed().as_nanos()).unwrap_or(0));
+    }
+}
+
+impl Standby {
+    pub(super) fn new(arena: Arena, slots: Slots) -> Self {
+        let room = AtomicUsize::new(slots.len());
+        Self { arena, slots, room }
+    }
+
+    /// The slots that may be in use.
+    fn room(&self) -> usize {
+        self.room.load(Ordering::Relaxed)
+    }
+
+    /// Lets so many pages wait.
+    pub(super) fn set_waiting(&self, pages: usize) {
+        let room = (pages + SPARE_SLOTS).min(self.slots.len());
+        // Not each time, because the signal handlers of all threads read it.
+        if self.room() != room {
+            self.room.store(room, Ordering::Relaxed);
+        }
+    }
+
+    /// Begins to empty the oldest slots if fewer than so many may be taken.
+    pub(super) fn begin_empty(&self, chooser: &mut Chooser, free: usize) -> Option<Emptying> {
+        let Chooser { policy, ends, .. } = chooser;
+        let is_short = self.slots.used(ends).saturating_add(free) > self.room();
+        is_short.then(|| self.slots.begin_empty(ends, BATCH, |page| policy.dropped(page)))
+    }
+
+    /// No pages have moved to taken slots, from `slot` on.
+    pub(super) fn skip(&self, slot: usize, slots: usize) {
+        (0..slots).for_each(|step| self.slots.skip(self.slots.after(slot, step)));
     }
 }
 
@@ -352,6 +386,8 @@ pub(super) const fn room_for(limit: usize) -> usize {
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 /// The pages that leave at once.
 pub(super) const BATCH: usize = 64;
+/// The slots that are free at rest, so that the next batches find room in the list.
+pub(super) const SPARE_SLOTS: usize = 2 * BATCH;
 /// Pinned pages have at most this share of a budget.
 const PINNED_SHARE: usize = 2;
 /// Tables of hashes have at most this share of a budget.
