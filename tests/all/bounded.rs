@@ -143,6 +143,28 @@ fn the_standby_list_of_signal_handlers_is_short_while_few_pages_come_back() {
     the_standby_list_has_the_length_it_is_worth(Inline.into());
 }
 
+/// Pages that come back leave holes in the standby list, at whose end it becomes short.
+#[test]
+fn holes_of_the_standby_list_are_used_again_when_it_becomes_short() {
+    const ALL: usize = 14_000;
+    const FEW: usize = 512;
+    let budget = Budget::bytes(32 << 20).unwrap();
+    let region = Region::builder().chunk(vec![7u8; ALL * PAGE]).budget(&budget).build(Inline).unwrap();
+    let touch = |page: usize| assert_eq!(region.as_slice()[page * PAGE], 7);
+    let mut sweep = (0..).map(|step| step * 4099 % ALL);
+    for round in 0..12 {
+        (0..FEW).for_each(touch);
+        let soft_before = budget.soft_faults();
+        let left = region.evict(..(FEW * PAGE) as u64).unwrap();
+        assert_eq!(left, (FEW * PAGE) as u64, "round {round}: {:?}", budget.metrics());
+        (0..FEW).for_each(touch);
+        let came_back = budget.soft_faults() - soft_before;
+        assert!(came_back > 300 || moves_no_pages(), "round {round}: {came_back} of {FEW} pages come back");
+        sweep.by_ref().take(3000).for_each(touch);
+    }
+    assert!(budget.resident_bytes() <= budget.limit());
+}
+
 /// A worker, and the threads that touch an inline region, take each other's pages away.
 #[test]
 fn a_worker_and_signal_handlers_share_a_budget() {

@@ -16,7 +16,8 @@ use pagestitch_kernel::{Outcome, Page, Span};
 use std::sync::Arc;
 
 impl State {
-    /// Moves a batch of pages to the standby list, and empties slots for the next batch; or drops the batch.
+    /// Moves a batch of pages to the standby list, and empties slots for the next batch; or drops the batch; or
+    /// makes a list shorter that is too long.
     /// Passes over its turn, and returns false, if another thread is choosing, there is no page, or all stay.
     pub(super) fn evict(&self) -> bool {
         let mut room = [0; BATCH];
@@ -63,8 +64,7 @@ impl State {
     /// Begins to empty slots of a standby list that is longer than it may be.
     pub(super) fn begin_shortening(&self, chooser: &mut Chooser) -> Option<(&Standby, Emptying)> {
         let standby = self.standby.as_ref()?;
-        let run = standby.begin_empty(chooser, 0)?;
-        (run.frames > 0).then_some((standby, run))
+        Some((standby, standby.begin_empty(chooser, 0)?))
     }
 
     /// Frees memory: that of the oldest slots; if there is none, that of resident pages. False if there is
@@ -79,9 +79,7 @@ impl State {
         }
         let mut taken = (0, 0);
         if let Some(standby) = &self.standby {
-            // A run without frames is emptied too, because its slots are taken off the ring.
-            let run = standby.begin_empty(&mut chooser, usize::MAX);
-            if let Some(run) = run.filter(|run| !run.slots().is_empty()) {
+            if let Some(run) = standby.begin_empty(&mut chooser, usize::MAX) {
                 drop(chooser);
                 self.empty(standby, run);
                 return true;
@@ -139,8 +137,9 @@ impl State {
             // Not known to happen. The slots stay out of use.
             return;
         }
+        let frames = run.frames;
         standby.slots.finish_empty(run);
-        self.release(run.frames);
+        self.release(frames);
     }
 
     /// Moves pages to taken slots, from `slot` on. Returns the number of those that have moved.

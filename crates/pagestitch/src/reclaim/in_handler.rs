@@ -110,7 +110,7 @@ impl State {
         let mut keys = [0; FEW];
         self.leaving.fetch_add(1, Ordering::SeqCst);
         let mut chosen = self.choose_few(chooser, need, &mut keys);
-        let is_empty = self.empty_chosen(&chosen);
+        let is_empty = self.empty_chosen(chosen.emptied.take());
         let has_left = self.take_away_chosen(&keys, &mut chosen);
         // Before the wait for a claim, whose thread may wait for room.
         self.leaving.fetch_sub(1, Ordering::SeqCst);
@@ -136,11 +136,10 @@ impl State {
     }
 
     /// Frees the memory of chosen slots. False if there are none.
-    fn empty_chosen(&self, chosen: &Chosen) -> bool {
-        if let (Some(standby), Some(run)) = (&self.standby, chosen.emptied) {
-            self.empty(standby, run);
-        }
-        chosen.emptied.is_some()
+    fn empty_chosen(&self, emptied: Option<Emptying>) -> bool {
+        let (Some(standby), Some(run)) = (&self.standby, emptied) else { return false };
+        self.empty(standby, run);
+        true
     }
 
     /// Has chosen pages leave. False if all of them stay.
@@ -201,8 +200,7 @@ impl State {
             };
             if let Some(standby) = standby {
                 let free = if need == Need::Now { usize::MAX } else { SPARE_SLOTS };
-                let emptied = standby.begin_empty(&mut chooser, free);
-                chosen.emptied = emptied.filter(|run| !run.slots().is_empty());
+                chosen.emptied = standby.begin_empty(&mut chooser, free);
             }
             // Written pages leave by a move only.
             let moves = need == Need::Later || self.writes.regions.load(Ordering::Relaxed) > 0;

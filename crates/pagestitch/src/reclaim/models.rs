@@ -65,6 +65,7 @@ impl Bounded {
     /// As `State::empty`.
     fn empty(&self) {
         let run = self.slots.begin_empty(&mut self.ends.lock().unwrap(), 1, |_| {});
+        let Some(run) = run else { return };
         let freed = run.slots().filter(|&slot| self.arena[slot].swap(0, Ordering::SeqCst) > 0).count();
         assert_eq!(freed, run.frames, "a slot that is emptied has the frame that it is said to have");
         self.slots.finish_empty(run);

@@ -82,8 +82,10 @@ impl State {
                 break;
             }
             let mut chooser = self.choose();
-            let run = standby.begin_empty(&mut chooser, SPARE_SLOTS);
+            // All slots, because these pages do not tell how many pages come back.
+            let run = standby.begin_empty_above(&mut chooser, standby.slots.len() - SPARE_SLOTS);
             let (slot, most) = standby.slots.take(&mut chooser.ends, rest.len());
+            chooser.sampling.note_moved(most);
             drop(chooser);
             if let Some(run) = run {
                 self.empty(standby, run);

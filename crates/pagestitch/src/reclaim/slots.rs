@@ -52,8 +52,10 @@ pub(super) struct Ends {
     tail: usize,
 }
 
-/// A run of slots that are being emptied.
-#[derive(Debug, Clone, Copy)]
+/// A run of slots that are being emptied: one at least. They are out of use until its caller has
+/// [finished](Slots::finish_empty) it.
+#[derive(Debug)]
+#[must_use]
 pub(super) struct Emptying {
     first: usize,
     slots: usize,
@@ -205,13 +207,13 @@ impl Slots {
 
     /// Takes slots off the tail to be emptied, until they have `frames` frames. Calls `dropped` with the
     /// page of each. Stops at a slot that a thread fills, moves back or writes back. The run does not wrap
-    /// around.
+    /// around. `None` if there is no such slot.
     pub(super) fn begin_empty(
         &self,
         ends: &mut Ends,
         frames: usize,
         mut dropped: impl FnMut(PageKey),
-    ) -> Emptying {
+    ) -> Option<Emptying> {
         let mut run = Emptying { first: ends.tail % self.len(), slots: 0, frames: 0 };
         while ends.tail < ends.head && run.frames < frames && run.first + run.slots < self.len() {
             let before = self.state(ends.tail);
@@ -231,7 +233,7 @@ impl Slots {
             run.slots += 1;
             ends.tail += 1;
         }
-        run
+        (run.slots > 0).then_some(run)
     }
 
     /// The memory of the slots is free: they can be taken again.
@@ -255,7 +257,7 @@ impl Slots {
 }
 
 impl Emptying {
-    pub(super) fn slots(self) -> Range<usize> {
+    pub(super) const fn slots(&self) -> Range<usize> {
         self.first..self.first + self.slots
     }
 }
@@ -277,7 +279,7 @@ mod tests {
         [0, 2].into_iter().for_each(|slot| slots.fill(slot, 10 + slot as u64));
         slots.skip(1);
         let mut dropped = Vec::new();
-        let run = slots.begin_empty(&mut ends, 2, |page| dropped.push(page));
+        let run = slots.begin_empty(&mut ends, 2, |page| dropped.push(page)).unwrap();
         assert_eq!((run.slots(), run.frames, dropped), (0..3, 2, vec![10, 12]));
         assert_eq!(slots.take(&mut ends, 4), (3, 1), "slots that are not emptied yet are not free");
         slots.finish_empty(run);
@@ -291,13 +293,13 @@ mod tests {
         (0..3).for_each(|slot| slots.fill(slot, slot as u64));
         assert_eq!(slots.begin_return(1, 1), Some(Frame::Clean));
         assert_eq!((slots.begin_return(1, 1), slots.begin_return(0, 1)), (None, None));
-        let run = slots.begin_empty(&mut ends, 4, |_| {});
+        let run = slots.begin_empty(&mut ends, 4, |_| {}).unwrap();
         assert_eq!((run.slots(), run.frames), (0..1, 1), "up to the slot that is being moved back");
         slots.returned(1);
         assert!(slots.begin_return(2, 2).is_some());
         slots.abandon(2);
         let mut dropped = Vec::new();
-        let rest = slots.begin_empty(&mut ends, 4, |page| dropped.push(page));
+        let rest = slots.begin_empty(&mut ends, 4, |page| dropped.push(page)).unwrap();
         assert_eq!((rest.slots(), rest.frames, dropped), (1..3, 1, vec![]));
     }
 
@@ -307,16 +309,16 @@ mod tests {
         slots.take(&mut ends, 3);
         (0..3).for_each(|slot| slots.fill_dirty(slot, 10 + slot as u64));
         assert_eq!((slots.full(), slots.modified()), (3, 3));
-        assert_eq!(slots.begin_empty(&mut ends, 4, |_| {}).slots().len(), 0);
+        assert!(slots.begin_empty(&mut ends, 4, |_| {}).is_none());
         assert!(slots.written(0, 10) && !slots.written(0, 10));
         assert_eq!(slots.begin_return(1, 11), Some(Frame::Modified));
         slots.cancel_return(1, 11, Frame::Modified);
-        assert_eq!(slots.begin_empty(&mut ends, 4, |_| {}).slots(), 0..1);
+        assert_eq!(slots.begin_empty(&mut ends, 4, |_| {}).unwrap().slots(), 0..1);
         assert_eq!(slots.begin_return(1, 11), Some(Frame::Modified));
         assert!(!slots.written(1, 11), "it has come back");
         slots.returned(1);
         assert!(slots.written(2, 12));
-        assert_eq!((slots.begin_empty(&mut ends, 4, |_| {}).slots(), slots.modified()), (1..3, 0));
+        assert_eq!((slots.begin_empty(&mut ends, 4, |_| {}).unwrap().slots(), slots.modified()), (1..3, 0));
     }
 
     #[test]
@@ -324,11 +326,11 @@ mod tests {
         let (slots, mut ends) = slots(3);
         slots.take(&mut ends, 2);
         (0..2).for_each(|slot| slots.fill(slot, 7));
-        let run = slots.begin_empty(&mut ends, 2, |_| {});
+        let run = slots.begin_empty(&mut ends, 2, |_| {}).unwrap();
         slots.finish_empty(run);
         assert_eq!(slots.take(&mut ends, 3), (2, 3));
         [2, 0, 1].into_iter().for_each(|slot| slots.fill(slot, 7));
-        assert_eq!(slots.begin_empty(&mut ends, 3, |_| {}).slots(), 2..3);
-        assert_eq!(slots.begin_empty(&mut ends, 3, |_| {}).slots(), 0..2);
+        assert_eq!(slots.begin_empty(&mut ends, 3, |_| {}).unwrap().slots(), 2..3);
+        assert_eq!(slots.begin_empty(&mut ends, 3, |_| {}).unwrap().slots(), 0..2);
     }
 }

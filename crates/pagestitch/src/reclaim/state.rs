@@ -259,9 +259,14 @@ impl Standby {
 
     /// Begins to empty the oldest slots if fewer than so many may be taken.
     pub(super) fn begin_empty(&self, chooser: &mut Chooser, free: usize) -> Option<Emptying> {
+        self.begin_empty_above(chooser, self.room().saturating_sub(free))
+    }
+
+    /// Begins to empty the oldest slots if more than so many are in use.
+    pub(super) fn begin_empty_above(&self, chooser: &mut Chooser, most: usize) -> Option<Emptying> {
         let Chooser { policy, ends, .. } = chooser;
-        let is_short = self.slots.used(ends).saturating_add(free) > self.room();
-        is_short.then(|| self.slots.begin_empty(ends, BATCH, |page| policy.dropped(page)))
+        let is_long = self.slots.used(ends) > most;
+        if is_long { self.slots.begin_empty(ends, BATCH, |page| policy.dropped(page)) } else { None }
     }
 
     /// No pages have moved to taken slots, from `slot` on.
