@@ -265,8 +265,9 @@ impl PoolBuilder {
     /// [placement](Self::placement), one for each CPU up to 32.
     ///
     /// Set a number if sources are slow, because each worker waits for one source at a time.
-    /// [Replacements](Self::max_workers) start only after a source has taken 10 ms. With a number,
-    /// workers are not pinned to CPUs by default.
+    /// [Replacements](Self::max_workers) start only after a source has taken 10 ms. With a number that is not
+    /// one or two for each CPU, or is above eight, workers are not pinned to CPUs by default, and the touches of a
+    /// single thread are slower.
     ///
     /// ```
     /// # use pagestitch::Pool;
