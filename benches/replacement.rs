@@ -107,7 +107,7 @@ impl<P: Replacement> Standby<P> {
         let Some(sampling) = &mut self.sampling else { return true };
         if self.batch.0 == 0 {
             self.batch = (BATCH, sampling.takes_next(self.returned));
-            sampling.note_moved(if self.batch.1 { BATCH } else { 0 });
+            sampling.note_chosen(BATCH);
         }
         self.batch.0 -= 1;
         self.batch.1

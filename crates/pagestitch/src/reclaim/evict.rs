@@ -33,32 +33,39 @@ impl State {
             self.empty(standby, run);
             return true;
         }
-        let Some(standby) = self.standby_of_batch(&mut chooser) else {
+        let Some((standby, run)) = self.standby_of_batch(&mut chooser) else {
             let victims = chooser.victims_to_drop(&mut room);
             drop(chooser);
             return self.drop_pages(victims) > 0;
         };
-        let run = standby.begin_empty(&mut chooser, SPARE_SLOTS);
-        let (slot, most) = standby.slots.take(&mut chooser.ends, BATCH);
+        let (slot, most) = standby.take(&mut chooser.ends, BATCH);
         let victims = chooser.victims_to_move(&mut room[..most]);
         drop(chooser);
+        let is_shorter = run.is_some();
         if let Some(run) = run {
             self.empty(standby, run);
         }
         let chosen = victims.len();
         let moved = self.move_out(standby, victims, slot);
         standby.skip(slot + chosen, most - chosen);
-        moved > 0
+        is_shorter || moved > 0
     }
 
-    /// The standby list, if the next batch of pages passes through it. All written pages do.
-    pub(super) fn standby_of_batch(&self, chooser: &mut Chooser) -> Option<&Standby> {
+    /// The standby list, if the next batch of pages passes through it, and its oldest slots, to be emptied, if it
+    /// is nearly full. All written pages pass through it. Others leave at once where a thread holds up the end of
+    /// a full list.
+    pub(super) fn standby_of_batch(&self, chooser: &mut Chooser) -> Option<(&Standby, Option<Emptying>)> {
         let standby = self.standby.as_ref()?;
         let has_writes = self.writes.regions.load(Ordering::Relaxed) > 0;
         let sampling = &mut chooser.sampling;
         let takes = sampling.takes_next(self.tally.soft_faults.load(Ordering::Relaxed));
         standby.set_waiting(if has_writes { standby.slots.len() } else { sampling.waiting() });
-        (takes || has_writes).then_some(standby)
+        if !takes && !has_writes {
+            return None;
+        }
+        let run = standby.begin_empty(chooser, SPARE_SLOTS);
+        let is_held_up = run.is_none() && standby.free(&chooser.ends) == 0;
+        (has_writes || !is_held_up).then_some((standby, run))
     }
 
     /// Begins to empty slots of a standby list that is longer than it may be.

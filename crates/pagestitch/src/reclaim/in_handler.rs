@@ -18,7 +18,7 @@ use crate::policy::PageKey;
 use crate::reclaim::evict::{block_at, leading_run};
 use crate::reclaim::share::{Quiet, Share, State, TRIES};
 use crate::reclaim::slots::Emptying;
-use crate::reclaim::state::{Chooser, SPARE_SLOTS, Standby, member_of, page_of};
+use crate::reclaim::state::{Chooser, Standby, member_of, page_of};
 use crate::reclaim::write_back::Writer;
 use crate::reclaim::write_in_handler::HandlerWrites;
 use crate::space::Mapping;
@@ -194,20 +194,20 @@ impl State {
                 chosen.emptied = Some(run);
                 return chosen;
             }
-            let standby = match need {
-                Need::Now => self.standby.as_ref(),
+            let of_batch = match need {
+                Need::Now => {
+                    self.standby.as_ref().map(|list| (list, list.begin_empty(&mut chooser, usize::MAX)))
+                }
                 Need::Later => self.standby_of_batch(&mut chooser),
             };
-            if let Some(standby) = standby {
-                let free = if need == Need::Now { usize::MAX } else { SPARE_SLOTS };
-                chosen.emptied = standby.begin_empty(&mut chooser, free);
-            }
+            let (standby, emptied) = of_batch.unzip();
+            chosen.emptied = emptied.flatten();
             // Written pages leave by a move only.
             let moves = need == Need::Later || self.writes.regions.load(Ordering::Relaxed) > 0;
             match (need, standby.filter(|_| moves)) {
                 (Need::Now, _) if chosen.emptied.is_some() => return chosen,
                 (_, Some(standby)) => {
-                    let (slot, taken) = standby.slots.take_in_a_row(&mut chooser.ends, FEW);
+                    let (slot, taken) = standby.take_in_a_row(&mut chooser.ends, FEW);
                     chosen.victims = chooser.victims_to_move(&mut keys[..taken]).len();
                     standby.skip(slot + chosen.victims, taken - chosen.victims);
                     chosen.writes = Some(HandlerWrites::new(slot));

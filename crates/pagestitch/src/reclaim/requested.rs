@@ -85,7 +85,7 @@ impl State {
             // All slots, because these pages do not tell how many pages come back.
             let run = standby.begin_empty_above(&mut chooser, standby.slots.len() - SPARE_SLOTS);
             let (slot, most) = standby.slots.take(&mut chooser.ends, rest.len());
-            chooser.sampling.note_moved(most);
+            chooser.sampling.note_requested(most);
             drop(chooser);
             if let Some(run) = run {
                 self.empty(standby, run);

@@ -20,8 +20,8 @@ pub(super) struct Sampling {
     settles: bool,
     /// The batches since one did.
     passed_over: usize,
-    /// The pages that have moved to the list in this window.
-    moved: usize,
+    /// The pages that have left in this window.
+    left: usize,
     /// The pages that had come back when this window began.
     returned_before: u64,
 }
@@ -29,7 +29,7 @@ pub(super) struct Sampling {
 impl Sampling {
     /// For a list in which so many pages can wait.
     pub(super) const fn new(most: usize) -> Self {
-        Self { most, all: true, settles: true, passed_over: 0, moved: 0, returned_before: 0 }
+        Self { most, all: true, settles: true, passed_over: 0, left: 0, returned_before: 0 }
     }
 
     /// The number of pages that wait.
@@ -40,7 +40,7 @@ impl Sampling {
     /// True if the next batch passes through the list. `returned` is the number of all pages that have come
     /// back from it.
     pub(super) fn takes_next(&mut self, returned: u64) -> bool {
-        if self.moved >= self.waiting().max(LEAST_WINDOW) {
+        if self.left >= self.waiting().max(LEAST_WINDOW) * self.one_of() {
             self.look(returned);
         }
         self.passed_over += 1;
@@ -51,18 +51,26 @@ impl Sampling {
         takes
     }
 
-    /// Pages of a batch have been chosen for the list.
-    pub(super) fn note_moved(&mut self, pages: usize) {
-        self.moved += pages;
+    /// Pages have been chosen: for the list, or to leave at once.
+    pub(super) fn note_chosen(&mut self, pages: usize) {
+        self.left += pages;
+    }
+
+    /// The application has pages move to the list.
+    pub(super) fn note_requested(&mut self, pages: usize) {
+        self.left += pages * self.one_of();
     }
 
     /// Changes the share at the end of a window, if it is wrong.
+    ///
+    /// So many pages wait, whatever share of those that leave gets there: where a thread holds up the end of the
+    /// list, or has no time for it, the others leave at once.
     fn look(&mut self, returned: u64) {
-        let in_window = returned.saturating_sub(self.returned_before) as usize;
-        let all = in_window * if self.all { STOPS_BELOW } else { BEGINS_FROM } >= self.moved;
+        let in_window = returned.saturating_sub(self.returned_before) as usize * self.one_of();
+        let all = in_window * if self.all { STOPS_BELOW } else { BEGINS_FROM } >= self.left;
         let changes = !self.settles && all != self.all;
         self.all ^= changes;
-        (self.settles, self.moved, self.returned_before) = (changes, 0, returned);
+        (self.settles, self.left, self.returned_before) = (changes, 0, returned);
     }
 
     /// One batch of so many passes through the list.
@@ -93,8 +101,8 @@ mod tests {
         const BATCHES: u32 = 6000;
         let mut taken = 0;
         for _ in 0..BATCHES {
+            sampling.note_chosen(64);
             if sampling.takes_next(*returned) {
-                sampling.note_moved(64);
                 *returned += 64 / one_of;
                 taken += 1;
             }
@@ -121,13 +129,13 @@ mod tests {
         let mut windows_at_all = 0;
         while sampling.waiting() == MOST {
             (windows_at_all, returned) = (windows_at_all + 1, returned + MOST as u64 / 32);
-            sampling.note_moved(MOST);
+            sampling.note_chosen(MOST);
             sampling.takes_next(returned);
         }
         assert_eq!(windows_at_all, 2);
         for (comes_back, waiting) in [(MOST as u64, MOST / EVERY), (64, MOST / EVERY), (256, MOST)] {
             returned += comes_back;
-            sampling.note_moved(LEAST_WINDOW);
+            sampling.note_chosen(LEAST_WINDOW * EVERY);
             sampling.takes_next(returned);
             assert_eq!(sampling.waiting(), waiting, "{comes_back}");
         }

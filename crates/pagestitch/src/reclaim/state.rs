@@ -257,6 +257,21 @@ impl Standby {
         }
     }
 
+    /// The slots that may be taken.
+    pub(super) fn free(&self, ends: &Ends) -> usize {
+        self.room().saturating_sub(self.slots.used(ends))
+    }
+
+    /// Takes up to `most` free slots in the order of the ring. Returns the first one, and their number.
+    pub(super) fn take(&self, ends: &mut Ends, most: usize) -> (usize, usize) {
+        self.slots.take(ends, most.min(self.free(ends)))
+    }
+
+    /// As [`take`](Self::take), without slots behind the end of the ring.
+    pub(super) fn take_in_a_row(&self, ends: &mut Ends, most: usize) -> (usize, usize) {
+        self.slots.take_in_a_row(ends, most.min(self.free(ends)))
+    }
+
     /// Begins to empty the oldest slots if fewer than so many may be taken.
     pub(super) fn begin_empty(&self, chooser: &mut Chooser, free: usize) -> Option<Emptying> {
         self.begin_empty_above(chooser, self.room().saturating_sub(free))
@@ -295,9 +310,7 @@ impl Chooser {
 
     /// Chooses pages that leave for the standby list, in the order of their regions and addresses.
     pub(super) fn victims_to_move<'v>(&mut self, room: &'v mut [PageKey]) -> &'v mut [PageKey] {
-        let victims = self.victims(room);
-        self.sampling.note_moved(victims.len());
-        victims
+        self.victims(room)
     }
 
     /// Chooses pages that leave at once, in the order of their regions and addresses.
@@ -314,6 +327,7 @@ impl Chooser {
             *place = page;
             chosen += 1;
         }
+        self.sampling.note_chosen(chosen);
         let victims = &mut room[..chosen];
         sort(victims);
         victims
