@@ -106,7 +106,7 @@ fn signal_handlers_evict_at_once() {
     read_at_random(Inline, 4);
 }
 
-/// A budget of 32 MiB has room for 896 waiting pages, or 128.
+/// A budget of 32 MiB has room for 896 waiting pages, or 64.
 fn the_standby_list_has_the_length_it_is_worth(server: Server) {
     const BUDGET: u64 = 32 << 20;
     const MOST: usize = 14_000;

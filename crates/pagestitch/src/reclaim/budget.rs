@@ -32,8 +32,8 @@ use std::time::Duration;
 ///   must not show. So 16 bytes are kept for each such page of a [`Region`](crate::Region), and count: an
 ///   eighth of the budget at most.
 /// * **Standby**: a page that leaves waits for a while before its memory is freed. A touch meanwhile
-///   brings it back without a read of its source. While few pages come back, the list of a budget of 12 MiB or
-///   more is short (a sixteenth as long, from 68 MiB on), and most pages leave at once.
+///   brings it back without a read of its source. While few pages come back, the list of a budget of 8 MiB or
+///   more is short (a 32nd as long, from 68 MiB on), and most pages leave at once.
 /// * **Sequential readers** get whole blocks of 2 MiB ahead of them in a budget of 64 MiB or more. These leave
 ///   first, without standby, and displace no other page, except for an eighth of the budget.
 /// * **Which pages leave**: pages that were touched once, before those that were touched again while they

@@ -80,11 +80,11 @@ impl Sampling {
 }
 
 /// One batch of so many passes through the list while few pages come back.
-const EVERY: usize = 16;
+const EVERY: usize = 32;
 /// The least number of pages that wait, if the list has room for them.
-const LEAST_WAITING: usize = 128;
+const LEAST_WAITING: usize = 64;
 /// The least number of pages by which the share of those that come back is judged.
-const LEAST_WINDOW: usize = 2048;
+const LEAST_WINDOW: usize = 1024;
 /// All batches pass through the list until less than one page of so many comes back.
 const STOPS_BELOW: usize = 16;
 /// All batches pass through the list again if one page of so many comes back.
@@ -117,7 +117,7 @@ mod tests {
         assert_eq!(sampling.waiting(), MOST);
         assert!(share(&mut sampling, &mut returned, 32) < 0.1);
         assert_eq!(sampling.waiting(), MOST / EVERY);
-        assert!((0.06..0.07).contains(&share(&mut sampling, &mut returned, 16)));
+        assert!((0.03..0.04).contains(&share(&mut sampling, &mut returned, 16)));
         assert!(share(&mut sampling, &mut returned, 8) > 0.6);
         assert!(share(&mut sampling, &mut returned, 16) == 1.0);
     }
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn all_batches_pass_through_a_list_that_cannot_be_shorter() {
-        for most in [0, 100, 255] {
+        for most in [0, 100, 127] {
             let (mut sampling, mut returned) = (Sampling::new(most), 0);
             assert!(share(&mut sampling, &mut returned, 64) == 1.0, "{most}");
             assert_eq!(sampling.waiting(), most);
