@@ -39,7 +39,7 @@ impl State {
             return self.drop_pages(victims) > 0;
         };
         let (slot, most) = standby.take(&mut chooser.ends, BATCH);
-        let victims = chooser.victims_to_move(&mut room[..most]);
+        let victims = chooser.victims(&mut room[..most]);
         drop(chooser);
         let is_shorter = run.is_some();
         if let Some(run) = run {
@@ -63,7 +63,7 @@ impl State {
         if !takes && !has_writes {
             return None;
         }
-        let run = standby.begin_empty(chooser, SPARE_SLOTS);
+        let run = standby.begin_empty(chooser, standby.room().saturating_sub(SPARE_SLOTS));
         let is_held_up = run.is_none() && standby.free(&chooser.ends) == 0;
         (has_writes || !is_held_up).then_some((standby, run))
     }
@@ -71,7 +71,7 @@ impl State {
     /// Begins to empty slots of a standby list that is longer than it may be.
     pub(super) fn begin_shortening(&self, chooser: &mut Chooser) -> Option<(&Standby, Emptying)> {
         let standby = self.standby.as_ref()?;
-        Some((standby, standby.begin_empty(chooser, 0)?))
+        Some((standby, standby.begin_empty(chooser, standby.room())?))
     }
 
     /// Frees memory: that of the oldest slots; if there is none, that of resident pages. False if there is
@@ -86,7 +86,7 @@ impl State {
         }
         let mut taken = (0, 0);
         if let Some(standby) = &self.standby {
-            if let Some(run) = standby.begin_empty(&mut chooser, usize::MAX) {
+            if let Some(run) = standby.begin_empty(&mut chooser, 0) {
                 drop(chooser);
                 self.empty(standby, run);
                 return true;
@@ -99,7 +99,7 @@ impl State {
         // Pages for slots are not gone yet.
         let victims = match taken {
             (_, 0) => chooser.victims_to_drop(&mut room),
-            _ => chooser.victims_to_move(&mut room),
+            _ => chooser.victims(&mut room),
         };
         let block = if victims.is_empty() { chooser.blocks.last_resort() } else { None };
         drop(chooser);

@@ -195,9 +195,7 @@ impl State {
                 return chosen;
             }
             let of_batch = match need {
-                Need::Now => {
-                    self.standby.as_ref().map(|list| (list, list.begin_empty(&mut chooser, usize::MAX)))
-                }
+                Need::Now => self.standby.as_ref().map(|list| (list, list.begin_empty(&mut chooser, 0))),
                 Need::Later => self.standby_of_batch(&mut chooser),
             };
             let (standby, emptied) = of_batch.unzip();
@@ -208,7 +206,7 @@ impl State {
                 (Need::Now, _) if chosen.emptied.is_some() => return chosen,
                 (_, Some(standby)) => {
                     let (slot, taken) = standby.take_in_a_row(&mut chooser.ends, FEW);
-                    chosen.victims = chooser.victims_to_move(&mut keys[..taken]).len();
+                    chosen.victims = chooser.victims(&mut keys[..taken]).len();
                     standby.skip(slot + chosen.victims, taken - chosen.victims);
                     chosen.writes = Some(HandlerWrites::new(slot));
                 }

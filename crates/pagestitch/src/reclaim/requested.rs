@@ -83,7 +83,7 @@ impl State {
             }
             let mut chooser = self.choose();
             // All slots, because these pages do not tell how many pages come back.
-            let run = standby.begin_empty_above(&mut chooser, standby.slots.len() - SPARE_SLOTS);
+            let run = standby.begin_empty(&mut chooser, standby.slots.len().saturating_sub(SPARE_SLOTS));
             let (slot, most) = standby.slots.take(&mut chooser.ends, rest.len());
             chooser.sampling.note_requested(most);
             drop(chooser);

@@ -4,7 +4,7 @@
 //! to the list flushes the TLBs of all CPUs that run the process, where many pages are dropped with one
 //! flush. Measured with 16 threads on two CPUs, random reads of a file: 18.5 us a page if a quarter of the pages
 //! passes through the list, and 15.4 if none does. Simulated (`benches/replacement`): the list saves a third of
-//! the reads where most pages that leave are wanted again soon, and none where one page of ten is.
+//! the reads where most pages that leave are wanted again soon, and hardly any where one page of ten is.
 //!
 //! So while few pages come back, the list is short: a few batches pass through it, and wait as long as all do
 //! in a long list, so that the share of those that come back is the same. The other memory is left to the regions.

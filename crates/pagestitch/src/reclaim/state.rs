@@ -244,7 +244,7 @@ impl Standby {
     }
 
     /// The slots that may be in use.
-    fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         self.room.load(Ordering::Relaxed)
     }
 
@@ -272,16 +272,11 @@ impl Standby {
         self.slots.take_in_a_row(ends, most.min(self.free(ends)))
     }
 
-    /// Begins to empty the oldest slots if fewer than so many may be taken.
-    pub(super) fn begin_empty(&self, chooser: &mut Chooser, free: usize) -> Option<Emptying> {
-        self.begin_empty_above(chooser, self.room().saturating_sub(free))
-    }
-
-    /// Begins to empty the oldest slots if more than so many are in use.
-    pub(super) fn begin_empty_above(&self, chooser: &mut Chooser, most: usize) -> Option<Emptying> {
+    /// Begins to empty the oldest slots if more than `most` are in use.
+    pub(super) fn begin_empty(&self, chooser: &mut Chooser, most: usize) -> Option<Emptying> {
         let Chooser { policy, ends, .. } = chooser;
-        let is_long = self.slots.used(ends) > most;
-        if is_long { self.slots.begin_empty(ends, BATCH, |page| policy.dropped(page)) } else { None }
+        let is_longer = self.slots.used(ends) > most;
+        if is_longer { self.slots.begin_empty(ends, BATCH, |page| policy.dropped(page)) } else { None }
     }
 
     /// No pages have moved to taken slots, from `slot` on.
@@ -308,11 +303,6 @@ impl Chooser {
         self.blocks.forget(&|first| is_gone(first) && is_gone(first + BLOCK_PAGES as u64 - 1));
     }
 
-    /// Chooses pages that leave for the standby list, in the order of their regions and addresses.
-    pub(super) fn victims_to_move<'v>(&mut self, room: &'v mut [PageKey]) -> &'v mut [PageKey] {
-        self.victims(room)
-    }
-
     /// Chooses pages that leave at once, in the order of their regions and addresses.
     pub(super) fn victims_to_drop<'v>(&mut self, room: &'v mut [PageKey]) -> &'v mut [PageKey] {
         let victims = self.victims(room);
@@ -320,7 +310,8 @@ impl Chooser {
         victims
     }
 
-    fn victims<'v>(&mut self, room: &'v mut [PageKey]) -> &'v mut [PageKey] {
+    /// Chooses pages that leave, in the order of their regions and addresses.
+    pub(super) fn victims<'v>(&mut self, room: &'v mut [PageKey]) -> &'v mut [PageKey] {
         let mut chosen = 0;
         for place in room.iter_mut() {
             let Some(page) = self.policy.victim() else { break };
