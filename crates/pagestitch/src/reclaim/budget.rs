@@ -63,7 +63,8 @@ use std::time::Duration;
 /// * **Regions that are served [`Inline`](crate::Inline)**: a touch evicts other pages in its signal handler, and
 ///   writes them to their [`WritableFile`](crate::source::WritableFile). For written pages of other sources, and
 ///   while a source fails, a thread of the budget evicts, because a handler calls no source; a touch without room
-///   waits for it.
+///   waits for it. A handler that other threads, which lack a CPU, keep from evicting for two seconds fills its
+///   page above the limit.
 /// * **Forked children** do not have regions with a budget.
 ///
 /// ```
