@@ -17,8 +17,8 @@ use std::sync::Arc;
 
 impl State {
     /// Moves a batch of pages to the standby list, and empties slots for the next batch; or drops the batch; or
-    /// makes a list shorter that is too long.
-    /// Passes over its turn, and returns false, if another thread is choosing, there is no page, or all stay.
+    /// shortens a list that is too long. Passes over its turn, and returns false, if another thread is choosing,
+    /// there is no page, or all stay.
     pub(super) fn evict(&self) -> bool {
         let mut room = [0; BATCH];
         let Some(mut chooser) = self.try_choose() else { return false };

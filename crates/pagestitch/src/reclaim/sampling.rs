@@ -56,15 +56,16 @@ impl Sampling {
         self.left += pages;
     }
 
-    /// The application has pages move to the list.
+    /// The application has pages move to the list. Each counts as the pages that leave for one that is sampled,
+    /// because its return counts so.
     pub(super) fn note_requested(&mut self, pages: usize) {
         self.left += pages * self.one_of();
     }
 
     /// Changes the share at the end of a window, if it is wrong.
     ///
-    /// So many pages wait, whatever share of those that leave gets there: where a thread holds up the end of the
-    /// list, or has no time for it, the others leave at once.
+    /// Pages that come back are compared with all that leave and not with those that have moved, because fewer
+    /// move than planned where a thread without a CPU holds up the end of the list; as many wait all the same.
     fn look(&mut self, returned: u64) {
         let in_window = returned.saturating_sub(self.returned_before) as usize * self.one_of();
         let all = in_window * if self.all { STOPS_BELOW } else { BEGINS_FROM } >= self.left;

@@ -214,7 +214,7 @@ impl<S: Send + Sync> State<S> {
     pub(super) fn is_due(&self) -> bool {
         let room = self.standby.as_ref().map_or(0, Standby::room);
         let resident = self.frames().saturating_sub(self.standby_pages().min(room));
-        resident > self.limit - room - free(self.limit) - self.lowered()
+        resident > self.limit - room - free_at_rest(self.limit) - self.lowered()
     }
 
     /// The right to choose; `None` if a thread has it, and the caller cannot wait for that thread.
@@ -373,7 +373,7 @@ const fn block_of(key: PageKey) -> Option<PageKey> {
 }
 
 /// The pages that are free at rest: two batches, and two blocks where pages come in blocks.
-const fn free(limit: usize) -> usize {
+const fn free_at_rest(limit: usize) -> usize {
     if limit >= BLOCKS_LEAST { 2 * BLOCK_PAGES } else { 2 * BATCH }
 }
 

@@ -39,9 +39,10 @@ use nix::unistd::Pid;
 /// | the same, each thread on the CPU of its shard's worker | [`AnyRegion::shards`](crate::AnyRegion::shards) | 0.166 | 0.55 | 1.7 |
 /// | this pool before it had shards: 8, not pinned, one is woken | | 0.052 | 0.137 | 0.151 |
 ///
-/// On two CPUs, with a given number of workers, in microseconds a page (lower is faster; 3 rounds, medians):
+/// On two CPUs, in microseconds a page: workers that are not pinned, and pinned ones (medians of 3 rounds; fewer
+/// are better).
 ///
-/// | workers | 1 thread, not pinned, pinned | 2 threads | 8 threads |
+/// | workers | 1 thread | 2 threads | 8 threads |
 /// |---|---|---|---|
 /// | 1 | 49, 47 | 23, 22 | 6.7, 6.2 |
 /// | 2 | 48, 14 | 9.6, 7.6 | 7.0, 7.2 |
