@@ -98,6 +98,37 @@ fn serve_all_pages(builder: Builder) -> bool {
     after == warm
 }
 
+/// Also when it starts a ring.
+#[test]
+fn a_worker_with_many_reads_in_flight_allocates_nothing() {
+    child::run(this_test!(), || {
+        let path = std::env::temp_dir().join(format!("pagestitch-allocation-{}", std::process::id()));
+        fs::write(&path, vec![7; 2000 * PAGE]).unwrap();
+        let file = FileSource::open(&path).unwrap().direct();
+        fs::remove_file(path).unwrap();
+        let file = match file {
+            Ok(file) => file,
+            Err(error) => return println!("SKIPPED {}: {error}", this_test!()),
+        };
+        let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+        let builder = Region::builder().chunk(file).readahead(Readahead::None);
+        let region = builder.build(&pool).unwrap();
+        // A worker that starts allocates.
+        assert_eq!(region.as_slice()[0], 7);
+        WATCHED.store(thread_called("pagestitch/0"), Ordering::SeqCst);
+        thread::scope(|scope| {
+            for thread in 0..8 {
+                let bytes = region.as_slice();
+                scope.spawn(move || {
+                    (thread..2000).step_by(8).for_each(|page| assert_eq!(bytes[page * PAGE], 7))
+                });
+            }
+        });
+        assert_eq!(BY_WATCHED.load(Ordering::SeqCst), 0);
+    })
+    .expect_pass();
+}
+
 /// A signal handler that has interrupted the allocator touches pages, and a collector of garbage may hold
 /// its lock.
 #[test]

@@ -12,7 +12,7 @@ use std::process;
 use std::sync::Arc;
 
 /// A file with these bytes, and its path; `None`, with a line that says so, where the file system cannot.
-fn direct(test: &str, bytes: &[u8]) -> Option<(Arc<FileSource>, PathBuf)> {
+pub(crate) fn direct(test: &str, bytes: &[u8]) -> Option<(Arc<FileSource>, PathBuf)> {
     let path = std::env::temp_dir().join(format!("pagestitch-direct-{}-{}", process::id(), test.len()));
     fs::write(&path, bytes).unwrap();
     match FileSource::open(&path).unwrap().direct() {

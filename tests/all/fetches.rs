@@ -1,8 +1,9 @@
 //! Asynchronous fetches that fail, and fetches at a limit: no fetch occupies a worker.
 
+use crate::bounded_writes::moves_no_pages;
 use crate::until;
 use pagestitch::source::{Fetch, Reply, Source};
-use pagestitch::{Chunk, OnFailure, Pool, Readahead, Region, Retry};
+use pagestitch::{Budget, Chunk, OnFailure, Pool, Readahead, Region, Retry};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::io;
@@ -404,4 +405,30 @@ fn read_in_order(of_region: Option<usize>, of_pool: Option<usize>) -> (u64, usiz
     let region = region.build(&pool).unwrap();
     assert!(region.as_slice().iter().all(|&byte| byte == 7));
     (region.close().pages_ahead, open.most.load(Ordering::SeqCst))
+}
+
+/// The pages of a region with a budget that wait in standby are not requested again.
+#[test]
+fn a_page_that_waits_in_standby_comes_back_without_a_fetch() {
+    let (held, budget) = (Arc::new(Held::default()), Budget::bytes(32 << 20).unwrap());
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let builder = Region::builder().chunk(Chunk::fetch(Arc::clone(&held))).budget(&budget);
+    let region = builder.readahead(Readahead::None).build(&pool).unwrap();
+    scope(|scope| {
+        scope.spawn(|| (0..4).for_each(|_| held.answer()));
+        assert!((0..4).all(|page| region.as_slice()[page * PAGE] == 7));
+    });
+    let left = region.evict(..2 * PAGE as u64).unwrap();
+    assert_eq!(left, 2 * PAGE as u64);
+    if moves_no_pages() {
+        return println!("SKIPPED {}: pages leave for good", this_test!());
+    }
+    scope(|scope| {
+        let reader = scope.spawn(|| assert_eq!(region.as_slice()[0], 7));
+        until(|| reader.is_finished() || held.open() > 0);
+        if held.open() > 0 {
+            held.answer();
+        }
+    });
+    assert_eq!((budget.soft_faults(), held.asked()), (1, 4));
 }

@@ -57,6 +57,7 @@ mod prefetch;
 mod pressure;
 mod readahead;
 mod reading;
+mod reads_at_once;
 mod recording;
 mod released;
 mod replacements;

@@ -11,11 +11,12 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::Arc;
 
 /// A file that is read around the page cache.
 #[derive(Debug)]
 pub struct DirectFile {
-    file: File,
+    file: Arc<File>,
     /// The unit of offsets, lengths and addresses: a power of two, at most that of [`Block`].
     align: usize,
 }
@@ -46,7 +47,7 @@ impl DirectFile {
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)?;
         let align = alignment(&file)?;
-        let direct = Self { file, align };
+        let direct = Self { file: Arc::new(file), align };
         // Some file systems refuse the read and not the open.
         direct.file.read_at(&mut Block::new().0[..align], 0)?;
         Ok(direct)
@@ -78,6 +79,10 @@ impl DirectFile {
     #[must_use]
     pub fn fill_from(&self, offset: u64, into: &mut [u8]) -> bool {
         self.is_aligned(offset, into) && fill_from(self.file.as_fd(), offset, into)
+    }
+
+    pub(crate) const fn file(&self) -> &Arc<File> {
+        &self.file
     }
 
     /// Fills all of `into` with the bytes from `offset` on.

@@ -41,6 +41,7 @@
 //! | | [`atomic_table`] | tables that cost memory only where they are touched |
 //! | | [`memfd`] | sealed memfds: bytes that no process can change and each can map |
 //! | | [`sigbus`] | faults served in a signal handler, by the thread that takes them |
+//! | | [`read_ring`] | reads of pages from files, many at once by one thread |
 //! | 5 | [`pages`] | pages of private memory that move into a region |
 //! | | [`shared`] | files, memfds and mappings that other processes may change |
 //! | | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
@@ -119,6 +120,7 @@ pub mod priority;
 pub mod process;
 pub mod ranges;
 pub mod rcu;
+pub mod read_ring;
 pub mod releasable;
 pub mod replace;
 pub mod reservation;

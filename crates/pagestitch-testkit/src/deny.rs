@@ -60,6 +60,15 @@ pub fn deny_pidfds(errno: Errno) {
     deny(errno, &[(nix::libc::SYS_pidfd_open, vec![])]);
 }
 
+/// Fails `io_uring_setup(2)` with `errno`, for this thread and all that it starts. The filter is permanent.
+///
+/// # Panics
+///
+/// If the kernel refuses the filter.
+pub fn deny_io_uring(errno: Errno) {
+    deny(errno, &[(nix::libc::SYS_io_uring_setup, vec![])]);
+}
+
 /// Fails `process_vm_readv(2)` and `process_vm_writev(2)` with `errno`, for this thread and all
 /// that it starts. The filter is permanent.
 ///

@@ -65,28 +65,17 @@ pub(crate) fn fetch<H: Host>(
     wanted: FetchReason,
     permit: H::Permit,
 ) {
-    // A region that is being dropped needs no page any more: dropping the claim gives its pages
-    // back.
-    let Some(guard) = region.enter_owned() else {
-        wanted.finish(region);
-        return region.fetch_ended();
-    };
-    let began = region.counters.clock();
-    let span = claim.keep();
     let failures = wanted.attempts().source;
-    if let FetchReason::Requested(job) = &wanted {
-        job.fetch_begins();
-    }
-    let pending = Pending { region: Arc::clone(region), _guard: guard, span, wanted, began, _permit: permit };
-    let reply = Reply::to_pages(Box::new(pending), region.page_size().bytes_of(span)).after(failures);
+    let Some(pending) = Pending::new(region, claim, wanted, permit) else { return };
+    let bytes = region.page_size().bytes_of(pending.span);
+    let reply = Reply::to_pages(Box::new(pending), bytes).after(failures);
     // If the source panics, the reply is dropped, which fails the request.
     quietly(|| source.fetch(offset, reply));
 }
 
 impl<H: Host> Complete for Pending<H> {
     fn complete(self: Box<Self>, answer: io::Result<&[u8]>) {
-        self.deliver(answer, None);
-        self.leave();
+        self.answer(answer);
     }
 
     fn retry(self: Box<Self>, pause: Duration, error: io::Error) {
@@ -96,6 +85,42 @@ impl<H: Host> Complete for Pending<H> {
 }
 
 impl<H: Host> Pending<H> {
+    /// Keeps the pages of a claim until their bytes are delivered. `None` if the region is being dropped and needs
+    /// no page any more: they are given back.
+    pub(super) fn new(
+        region: &Arc<H>,
+        claim: Claim<'_>,
+        wanted: FetchReason,
+        permit: H::Permit,
+    ) -> Option<Self> {
+        let Some(guard) = region.enter_owned() else {
+            drop(claim);
+            wanted.finish(region);
+            region.fetch_ended();
+            return None;
+        };
+        let began = region.counters.clock();
+        let span = claim.keep();
+        if let FetchReason::Requested(job) = &wanted {
+            job.fetch_begins();
+        }
+        Some(Self { region: Arc::clone(region), _guard: guard, span, wanted, began, _permit: permit })
+    }
+
+    pub(super) const fn region(&self) -> &Arc<H> {
+        &self.region
+    }
+
+    pub(super) const fn span(&self) -> Span {
+        self.span
+    }
+
+    /// Installs the bytes, or fails the pages.
+    pub(super) fn answer(self, answer: io::Result<&[u8]>) {
+        self.deliver(answer, None);
+        self.leave();
+    }
+
     /// Leaves the region, and then wakes the task that polls a requested prefetch.
     fn leave(self) {
         let job = match &self.wanted {

@@ -186,6 +186,15 @@ fn read_pages<'a>(
     }
 }
 
+/// Reads a page that lies in one chunk.
+pub(super) fn read_page<'a>(region: &Mapping, page: Page, buffers: &'a mut Buffers) -> io::Result<&'a [u8]> {
+    let (size, into) = (region.page_size(), buffers.pages.bytes());
+    let offsets = size.offsets(page.span());
+    let piece = region.layout.piece_at(offsets.start, offsets.end);
+    let into = &mut into[..size.bytes()];
+    read(piece.backing.source(), piece.offset, into).map(|()| &*into)
+}
+
 /// The first page of a span whose source is released is in the region, or was discarded there.
 pub(crate) fn in_region<'a>(error: InstallError) -> Result<Filled<'a>, InstallError> {
     match error {

@@ -11,7 +11,7 @@
 //! |---|---|---|---|---|
 //! | a worker, for a fault | `on_fault` | the page, or its block | sources | the policy of the chunk; a pause is queued |
 //! | a worker, ahead of faults | `prefetch` | absent pages | sources | the page stays absent |
-//! | a fetch that answers | `fetch` | the pages of the fetch | the answer | as for the fault, or as for the prefetch |
+//! | a fetch that answers | `fetch`, `page_reads` | the pages of the fetch | the answer | as for the fault, or as for the prefetch |
 //! | `populate`, `read_at` | `serve/populate` | absent pages | sources | the policy of the chunk; the caller sleeps through a pause |
 //! | `retry_failed` | `serve/retry_failed` | a poisoned page | sources | the page stays poisoned |
 //! | a signal handler | `serve/inline` | the page | memory, files | the page stays absent, and the thread gets its signal |
@@ -26,6 +26,7 @@ mod held;
 mod install;
 mod on_fault;
 pub(crate) mod owner;
+mod page_reads;
 pub(crate) mod poison;
 mod prefetch;
 mod prefetch_job;
@@ -37,6 +38,7 @@ pub(crate) use beside::fill_beside;
 pub(crate) use claim::Wanted;
 pub(crate) use error::{InstallError, Unfilled};
 pub(crate) use on_fault::{AfterFault, serve};
+pub(crate) use page_reads::{Completed, PageReads};
 pub(crate) use prefetch::{fill_ahead, fill_requested, replay};
 pub(crate) use prefetch_job::{NextStep, PrefetchJob};
 pub(crate) use request::{FaultRequest, Host};

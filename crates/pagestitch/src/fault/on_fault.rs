@@ -5,6 +5,7 @@ use crate::fault::callers;
 use crate::fault::error::{InstallError, Unfilled, failure_at};
 use crate::fault::fetch::{FetchReason, fetch};
 use crate::fault::fill::{Buffers, Filled};
+use crate::fault::page_reads::PageReads;
 use crate::fault::poison::{fail, poison_again};
 use crate::fault::recovery::{Attempts, Pause, Sources, without_memory};
 use crate::fault::request::{FaultRequest, Host, serve_later};
@@ -38,8 +39,9 @@ pub(crate) fn serve<H: Host>(
     asked: FaultRequest,
     permit: Option<H::Permit>,
     buffers: &mut Buffers,
+    reads: &mut PageReads<H>,
 ) -> AfterFault {
-    let mut fault = Fault::take_up(region, asked, permit, buffers);
+    let mut fault = Fault::take_up(region, asked, permit, (buffers, reads));
     let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = asked.page.0));
     // The page has left meanwhile otherwise, or is leaving.
     if asked.touch == Touch::Denied && let_write(region, asked.page.span()).is_ok() {
@@ -67,12 +69,13 @@ struct Fault<'a, H: Host> {
     permit: Option<H::Permit>,
     flight: Option<InFlightFault<'a>>,
     sources: Sources<'a>,
+    reads: &'a mut PageReads<H>,
     prefetch: Prefetch,
     /// The pages that are read with the page, because its source prefers to read them at once.
     unit: Span,
     /// The block that is filled with the page.
     block: Option<Span>,
-    /// Whether the source of the page answers later.
+    /// Whether the source of the page, or the disk, answers later.
     is_fetched: bool,
 }
 
@@ -81,7 +84,7 @@ impl<'a, H: Host> Fault<'a, H> {
         region: &'a Arc<H>,
         asked: FaultRequest,
         permit: Option<H::Permit>,
-        buffers: &'a mut Buffers,
+        (buffers, reads): (&'a mut Buffers, &'a mut PageReads<H>),
     ) -> Self {
         let FaultRequest { page, read, thread, slot, attempts, is_repeated, touch: _ } = asked;
         let begin = || region.counters.begin(page, thread, read);
@@ -94,7 +97,7 @@ impl<'a, H: Host> Fault<'a, H> {
         let has_failed = attempts != Attempts::default();
         let unit = if has_failed { page.span() } else { region.read_unit(page) };
         let prefetch = Prefetch::default();
-        Self { region, asked, permit, flight, sources, prefetch, unit, block: None, is_fetched: false }
+        Self { region, asked, permit, flight, sources, reads, prefetch, unit, block: None, is_fetched: false }
     }
 
     /// Records a first touch that fills `filled`, and asks the policy for pages to prefetch.
@@ -108,11 +111,17 @@ impl<'a, H: Host> Fault<'a, H> {
         region.counters.local().pages_ahead_used.add(self.prefetch.consumed as u64);
     }
 
+    /// Whether the page has a source that answers later, and it may be asked.
+    fn may_fetch(&self) -> bool {
+        let page = self.asked.page.span();
+        self.region.fetched_pages(page).is_some() && (self.permit.is_some() || self.region.may_fetch())
+    }
+
     /// Requests the page, and the pages that are read with it, from a source that answers later. At
     /// the limit the fault waits for a permit.
     fn fetch(&mut self, claim: &mut Claim<'_>) -> bool {
-        let (region, page) = (self.region, self.asked.page.span());
-        if region.fetched_pages(page).is_none() || self.permit.is_none() && !region.may_fetch() {
+        let region = self.region;
+        if !self.may_fetch() {
             return false;
         }
         let Some(permit) = self.permit.take().or_else(|| region.permit_fetch()) else {
@@ -129,6 +138,19 @@ impl<'a, H: Host> Fault<'a, H> {
         }
         fetch(region, claim.split_off(pages), (source, offset), FetchReason::Now(self.again()), permit);
         true
+    }
+
+    /// Begins the read of the page, if the worker has other faults to serve meanwhile.
+    fn begin_read(&mut self, claim: &mut Claim<'_>) -> bool {
+        let (region, page) = (self.region, self.asked.page);
+        if !self.reads.are_useful() || !region.reads_at_once() || claim.span() != page.span() {
+            return false;
+        }
+        let Some(place) = region.direct_page(page) else { return false };
+        let Some(permit) = self.permit.take().or_else(|| region.permit_fetch()) else { return false };
+        let (asked, flight) = (self.asked, &mut self.flight);
+        let again = || asked.again(flight.take().map(InFlightFault::keep), asked.attempts);
+        self.reads.begin(region, claim, place, again, permit)
     }
 
     /// The request to go on with the fault elsewhere.
@@ -186,10 +208,10 @@ impl<'a, H: Host> Fault<'a, H> {
 
     fn pages_to_prefetch(&self, spent: u64) -> [Option<Span>; 2] {
         let with_fault = match (self.is_fetched, self.block) {
-            (true, _) => self.prefetch.with_fault,
+            (true, None) => self.prefetch.with_fault,
             (false, None) => self.region.policy.spent(self.asked.page, spent),
             // The cost of a whole block says nothing about the cost of a fault.
-            (false, Some(_)) => None,
+            (_, Some(_)) => None,
         };
         [with_fault, self.prefetch.after_fault]
     }
@@ -206,11 +228,19 @@ impl<H: Host> Filler for Fault<'_, H> {
         if is_first {
             self.note_first_touch(self.unit);
         }
-        self.is_fetched = self.fetch(claim);
-        if is_first && !self.is_fetched {
+        if is_first && !self.may_fetch() {
             self.block = self.region.movable_block(self.asked.page).or(self.prefetch.with_fault);
             self.block.iter().for_each(|block| claim.grow(*block));
         }
+    }
+
+    #[inline]
+    fn fetches(&mut self, claim: &mut Claim<'_>) -> bool {
+        if self.is_fetched {
+            return false;
+        }
+        self.is_fetched = self.fetch(claim) || self.begin_read(claim);
+        self.is_fetched
     }
 
     #[inline]

@@ -318,6 +318,10 @@ impl Residence for Membership {
         self.0.unpin(span);
     }
 
+    fn evicts_written(&self) -> bool {
+        self.0.state.writes.regions.load(Ordering::Relaxed) > 0
+    }
+
     fn written_back(&self) -> Option<&dyn WrittenBack> {
         self.0.dirty.as_ref().map(|_| self as &dyn WrittenBack)
     }

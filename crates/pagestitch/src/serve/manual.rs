@@ -1,6 +1,7 @@
 //! Manual: a server without threads. The caller's own loop waits for a descriptor, and then serves.
 
 use crate::error::{BuildOption, Error, ErrorKind};
+use crate::fault::PageReads;
 use crate::fault::PrefetchJob;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
@@ -179,7 +180,7 @@ impl Manual {
         let group = Arc::new(group);
         let take = |member: usize| {
             let slot = state.workers.add(member).expect("there is a slot for each");
-            let worker = Worker::new(Arc::clone(&state), member, None, slot);
+            let worker = Worker::new(Arc::clone(&state), member, None, slot, PageReads::none());
             let worker = worker.map_err(refused)?;
             group.taken.fetch_add(1, Ordering::SeqCst);
             Ok(Self { worker, group: Arc::clone(&group), member })

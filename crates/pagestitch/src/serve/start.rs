@@ -1,6 +1,7 @@
 //! The start of a worker, at a post of its own or in place of a worker that is held up.
 
 use crate::error::{BuildOption, Error, ErrorKind};
+use crate::fault::PageReads;
 use crate::serve::served::Permit;
 use crate::serve::server_state::ServerState;
 use crate::serve::worker::Worker;
@@ -30,8 +31,9 @@ impl ServerState {
             state.workers.cancel(slot);
             error
         };
-        let worker =
-            Worker::new(Arc::clone(state), post, state.cpus.cpu_of(post), slot).map_err(|errno| {
+        let worker = PageReads::new()
+            .and_then(|reads| Worker::new(Arc::clone(state), post, state.cpus.cpu_of(post), slot, reads))
+            .map_err(|errno| {
                 refused(Error::refused("cannot start a worker (memory: ulimit -v, ulimit -d)", errno))
             })?;
         let named = thread::Builder::new().name(thread_name(&state.name, slot));

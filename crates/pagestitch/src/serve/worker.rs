@@ -9,7 +9,9 @@
 //! panic aborts the process, because its waiters would hang forever.
 
 use crate::fault::fill::Buffers;
-use crate::fault::{AfterFault, FaultRequest, fill_ahead, fill_requested, replay, serve};
+use crate::fault::{
+    AfterFault, Completed, FaultRequest, PageReads, fill_ahead, fill_requested, replay, serve,
+};
 use crate::guard::AbortOnPanic;
 use crate::policy::Replay;
 use crate::serve::Served;
@@ -42,6 +44,7 @@ pub(super) struct Worker {
     slot: usize,
     batch: Batch,
     buffers: Buffers,
+    reads: PageReads<Served>,
     served: u64,
     /// The number of served faults at which a call of [`serve_ready`](Self::serve_ready) ends.
     serves_until: u64,
@@ -67,6 +70,7 @@ impl Worker {
         post: usize,
         cpu: Option<usize>,
         slot: usize,
+        reads: PageReads<Served>,
     ) -> Result<Self, Errno> {
         let ready = Arc::clone(&state.epolls[post]);
         Ok(Self {
@@ -77,6 +81,7 @@ impl Worker {
             slot,
             batch: Batch::with_capacity(BATCH),
             buffers: Buffers::new()?,
+            reads,
             served: 0,
             serves_until: u64::MAX,
             urgency: Urgency::default(),
@@ -93,22 +98,30 @@ impl Worker {
         self.state.workers.mark_working(self.slot);
         self.serve_queued();
         self.state.workers.mark_waiting(self.slot);
-        let linger = EpollTimeout::from(LINGER_MS);
         loop {
             // With queued work, events are polled without waiting: faults come before prefetches.
             let wait = match (self.state.has_more(), self.state.workers.has_replacements()) {
-                (true, _) => EpollTimeout::ZERO,
-                (false, true) => linger,
-                (false, false) => EpollTimeout::NONE,
+                (true, _) => Some(Duration::ZERO),
+                (false, true) => Some(LINGER),
+                (false, false) => None,
             };
             match self.round(wait) {
-                Round::Stopped => return self.served,
-                Round::Quiet if wait == linger && self.state.workers.try_remove(self.slot) => {
-                    return self.served;
+                Round::Stopped => return self.end(),
+                Round::Quiet
+                    if wait == Some(LINGER)
+                        && self.reads.is_idle()
+                        && self.state.workers.try_remove(self.slot) =>
+                {
+                    return self.end();
                 }
                 Round::Quiet | Round::Prefetched | Round::Busy => self.state.workers.mark_waiting(self.slot),
             }
         }
+    }
+
+    fn end(mut self) -> u64 {
+        self.finish_reads();
+        self.served
     }
 
     /// Works without waiting until no work is left or `budget` faults are served. Returns the
@@ -119,7 +132,7 @@ impl Worker {
         self.serves_until = before.saturating_add(budget);
         while self.served < self.serves_until {
             let left = self.state.has_more();
-            let round = self.round(EpollTimeout::ZERO);
+            let round = self.round(Some(Duration::ZERO));
             self.state.workers.mark_waiting(self.slot);
             // A whole prefetch would hold up the caller's loop: the rest comes with its next calls.
             if round == Round::Prefetched || round == Round::Quiet && !left {
@@ -135,12 +148,11 @@ impl Worker {
 
     /// One round: waits for an event, serves one ready descriptor and the queued faults, and fills
     /// one block ahead. The worker is marked as working when this returns.
-    fn round(&mut self, wait: EpollTimeout) -> Round {
+    fn round(&mut self, most: Option<Duration>) -> Round {
         // One descriptor a round, because the others then stay ready for a replacement of this
         // worker.
         let mut ready = [EpollEvent::empty()];
-        let count = self.ready.wait(&mut ready, wait).map_err(Errno::of);
-        self.state.workers.mark_working(self.slot);
+        let (count, has_read) = self.wait(&mut ready, most);
         match count {
             Ok(0) => {}
             Ok(_) => {
@@ -167,9 +179,35 @@ impl Worker {
         let has_requested = self.state.prefetches.1.is_empty() && self.fill_requested();
         match (has_requested, count) {
             (true, Ok(0)) => Round::Prefetched,
-            (false, Ok(0)) => Round::Quiet,
+            (false, Ok(0)) if !has_read => Round::Quiet,
             _ => Round::Busy,
         }
+    }
+
+    /// Waits until a descriptor is ready, or a read in flight has ended. Returns the number of ready descriptors,
+    /// and whether a page of a read is installed.
+    fn wait(&mut self, ready: &mut [EpollEvent], most: Option<Duration>) -> (Result<usize, Errno>, bool) {
+        if self.reads.is_idle() {
+            let count = self.wait_for_events(ready, most);
+            self.state.workers.mark_working(self.slot);
+            return (count, false);
+        }
+        self.reads.wait(self.ready.0.as_fd(), most);
+        self.state.workers.mark_working(self.slot);
+        let Completed { has_read, is_readable } = self.reads.complete(&mut self.buffers);
+        let count = if is_readable { self.wait_for_events(ready, Some(Duration::ZERO)) } else { Ok(0) };
+        (count, has_read)
+    }
+
+    fn wait_for_events(&self, ready: &mut [EpollEvent], most: Option<Duration>) -> Result<usize, Errno> {
+        let most = most.map(|most| EpollTimeout::try_from(most).expect("it is a second at most"));
+        self.ready.wait(ready, most.unwrap_or(EpollTimeout::NONE)).map_err(Errno::of)
+    }
+
+    /// Waits for the reads in flight, before work that may take long or hang: no other worker can install their
+    /// pages.
+    fn finish_reads(&mut self) {
+        self.reads.finish(&mut self.buffers);
     }
 
     fn pin_to_cpu(&self) {
@@ -284,7 +322,7 @@ impl Worker {
         turn: &mut ReadTurn<'_>,
     ) -> Result<(), Busy> {
         let left = self.left() as usize;
-        let Self { state, post, batch, buffers, served, slot, urgency, .. } = self;
+        let Self { state, post, batch, buffers, reads, served, slot, urgency, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives
         // here.
         let defer = &mut |event| region.handle_deferred(event);
@@ -304,6 +342,8 @@ impl Worker {
         let mut pages = batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
         // A worker that must read again enters no source before that, so it queues the whole batch.
         let (first, keeps) = match left.checked_sub(1).filter(|_| !read_again) {
+            // A read begins in less time than another worker wakes.
+            Some(others) if reads.is_possible() && region.reads_at_once() => (pages.next(), others),
             Some(others) => (pages.next(), turn.local_share().min(others)),
             None => (None, 0),
         };
@@ -322,7 +362,7 @@ impl Worker {
                         None => Some(request),
                     };
                     serve_limited(region, admitted, |request| {
-                        serve(region, request, None, buffers).is_fetched
+                        serve(region, request, None, buffers, reads).is_fetched
                     });
                 }
             }
@@ -405,7 +445,12 @@ impl Worker {
         if !region.latency.is_fast() {
             self.state.watch_left();
         }
-        let AfterFault { prefetch, is_fetched } = serve(region, request, permit, &mut self.buffers);
+        if !self.reads.is_idle() && region.calls_user() {
+            self.finish_reads();
+        }
+        self.reads.note_others(self.state.has_queued());
+        let Self { buffers, reads, .. } = self;
+        let AfterFault { prefetch, is_fetched } = serve(region, request, permit, buffers, reads);
         for span in prefetch.into_iter().flatten() {
             self.prefetch(region, span);
         }
@@ -419,6 +464,7 @@ impl Worker {
             return self.state.queue_prefetch(region, Some(span));
         }
         self.state.workers.step(self.slot);
+        self.finish_reads();
         self.fill_first_block(region, span);
     }
 
@@ -507,6 +553,7 @@ impl Worker {
         let Some(region) = handle.enter() else { return };
         self.state.workers.step(self.slot);
         self.state.watch_left();
+        self.finish_reads();
         let Some(span) = span else { return self.replay(&region) };
         self.fill_first_block(&region, span);
     }
@@ -525,6 +572,7 @@ impl Worker {
             Some(region) => {
                 self.state.workers.step(self.slot);
                 self.state.watch_left();
+                self.finish_reads();
                 fill_requested(&region, &job, block, &mut self.buffers);
             }
             None => job.end(),
@@ -555,7 +603,7 @@ fn serve_limited(region: &Served, first: Option<FaultRequest>, mut serve: impl F
 }
 
 /// A worker that finds no work for this long ends, if there are more workers than posts.
-const LINGER_MS: u16 = 1000;
+const LINGER: Duration = Duration::from_secs(1);
 /// The most queued faults that a worker serves before it reads from regions again.
 const QUEUED_AT_ONCE: u64 = 64;
 /// The pause before events are read again that could not be handled at once.

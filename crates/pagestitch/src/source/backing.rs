@@ -7,6 +7,7 @@ use super::writable::{WritableFile, WritableSource};
 use super::{Fetched, FileSource, Hole, ImmutableFile, Memfd, Memory};
 use crate::method::{Method, PlanReason};
 use pagestitch_kernel::PageSize;
+use pagestitch_kernel::direct_read::DirectFile;
 use pagestitch_kernel::file_read::fill_from;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
@@ -121,6 +122,31 @@ impl Backing {
                 _ => None,
             },
             _ => None,
+        }
+    }
+
+    /// The file that is read around the page cache. It has the bytes of the source at the same offsets.
+    pub(crate) fn direct_file(&self) -> Option<&DirectFile> {
+        match self {
+            Self::Read(read) => match &read.0.beside {
+                Beside::File(source) => source.direct_file(),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// True if code of the user, or another process, decides how long a read of the source takes.
+    pub(crate) fn is_of_user(&self) -> bool {
+        match self {
+            Self::Read(read) => !matches!(read.0.beside, Beside::File(_) | Beside::Writer(_, Some(_))),
+            Self::Fetched(_) | Self::Shared(_) => true,
+            Self::Memory(_)
+            | Self::Memfd(_)
+            | Self::Immutable(_)
+            | Self::Donated(_)
+            | Self::Hole(_)
+            | Self::Mapped(_) => false,
         }
     }
 

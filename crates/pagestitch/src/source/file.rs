@@ -146,6 +146,11 @@ impl FileSource {
         self.file.as_fd()
     }
 
+    /// The file for reads around the page cache.
+    pub(super) const fn direct_file(&self) -> Option<&DirectFile> {
+        self.direct.as_ref()
+    }
+
     /// Fills `into` in a signal handler. False if the read fails.
     pub(super) fn fill_in_handler(&self, offset: u64, into: &mut [u8]) -> bool {
         let is_filled = self.direct.as_ref().is_some_and(|direct| direct.fill_from(offset, into));

@@ -59,9 +59,7 @@ impl Mapping {
     /// before.
     pub(crate) fn lay(&self, chunk: &Chunk, place: &Range<u64>) -> Result<(), Error> {
         let chunks = self.layout.chunks();
-        if matches!(chunk.backing, Backing::Fetched(_)) {
-            self.has_fetched.store(true, Ordering::Relaxed);
-        }
+        self.kinds.note(&chunk.backing);
         let padding = place.start - self.layout.total();
         if !self.layout.append(padding, chunk) {
             let grown = self.layout.grown(place.end);

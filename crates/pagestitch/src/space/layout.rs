@@ -27,6 +27,7 @@ use crate::error::Failure;
 use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
 use crate::source::{Backing, Memory, Releasables, Released, Shared};
+use crate::space::source_kinds::SourceKinds;
 use pagestitch_kernel::append_vec::AppendVec;
 use pagestitch_kernel::cache::prefetch;
 use pagestitch_kernel::{Errno, PageSize};
@@ -396,9 +397,11 @@ impl Layout {
         self.sources.iter().any(property)
     }
 
-    /// True if a chunk has an asynchronous source.
-    pub(crate) fn has_fetched(&self) -> bool {
-        self.has_source(|source| matches!(source, Backing::Fetched(_)))
+    /// The kinds of the sources of its chunks.
+    pub(crate) fn source_kinds(&self) -> SourceKinds {
+        let kinds = SourceKinds::default();
+        self.sources.iter().for_each(|source| kinds.note(source));
+        kinds
     }
 
     /// True if a chunk can only be copied.

@@ -46,6 +46,7 @@ mod release;
 mod residence;
 mod shards;
 mod shared_uffd;
+mod source_kinds;
 mod spare_uffds;
 pub(crate) mod target;
 mod written;
@@ -67,6 +68,7 @@ pub(crate) use shards::Shards;
 #[cfg(all(test, shuttle))]
 pub(crate) use shared_uffd::Readers;
 pub(crate) use shared_uffd::{SharedPlace, SharedRanges, SharedUffd};
+pub(crate) use source_kinds::SourceKinds;
 pub(crate) use spare_uffds::SpareUffds;
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
@@ -81,6 +83,7 @@ use mapped_in_place::whole_pages;
 use page_table::{PageState, PageTable, Wake};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::cache::prefetch;
+use pagestitch_kernel::direct_read::DirectFile;
 use pagestitch_kernel::gate::{Gate, OwnedGateGuard};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::versions::Versions;
@@ -88,7 +91,7 @@ use pagestitch_kernel::{Errno, Page, PageSize, Span};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use target::Foreign;
 
 /// A region in one address space: all that the fault path reads and changes.
@@ -134,7 +137,8 @@ pub(crate) struct Mapping {
     /// Pages that the kernel refused to map in place, with the reasons; they are copied.
     pub(crate) refused: Vec<(Span, PlanReason)>,
     has_donated: bool,
-    has_fetched: AtomicBool,
+    /// The kinds of sources that it has or had.
+    kinds: SourceKinds,
     /// True if donated pages move on first touch.
     pub(crate) moves: bool,
     pub(crate) pages: Arc<PageTable>,
@@ -233,7 +237,7 @@ impl Mapping {
         Self {
             counters: Arc::new(counters),
             has_donated: layout.has_donated(),
-            has_fetched: AtomicBool::new(layout.has_fetched()),
+            kinds: layout.source_kinds(),
             published: AtomicU64::new(layout.total()),
             laid: AtomicUsize::new(laid),
             growth,
@@ -336,9 +340,7 @@ impl Mapping {
 
     /// Prepares for the bytes of a chunk that replace others.
     pub(crate) fn note_replacement(&self, chunk: Option<&Chunk>) {
-        if chunk.is_some_and(|chunk| matches!(chunk.backing, Backing::Fetched(_))) {
-            self.has_fetched.store(true, Ordering::Relaxed);
-        }
+        chunk.iter().for_each(|chunk| self.kinds.note(&chunk.backing));
     }
 
     /// Drops the sources whose bytes the build has copied.
@@ -361,22 +363,48 @@ impl Mapping {
     /// The number of leading pages of a span that lie in one chunk with an asynchronous source,
     /// that source, and the offset in it.
     pub(crate) fn fetched_pages(&self, span: Span) -> Option<(usize, &Fetched, u64)> {
-        if !self.has_fetched.load(Ordering::Relaxed) || self.page_size() != PageSize::system() {
+        if !self.kinds.has_fetched() {
+            return None;
+        }
+        let piece = self.piece_to_read(span)?;
+        let Backing::Fetched(fetched) = piece.backing else { return None };
+        let (page, start) = (self.page_size().bytes() as u64, self.page_size().offset_of(span.first));
+        let pages = usize::try_from(piece.bytes / page).unwrap_or(usize::MAX);
+        let most = self.layout.read_length(start, FETCH_PAGES as u64 * page) / page;
+        (pages > 0).then_some((pages.min((most as usize).max(1)), fetched, piece.offset))
+    }
+
+    /// True if a fault may call code of the user, which may hang: a source, a writer of a source, a failure callback.
+    pub(crate) fn calls_user(&self) -> bool {
+        let evicts_written = || self.residence.as_ref().is_some_and(|residence| residence.evicts_written());
+        self.kinds.has_user() || self.reporter.is_some() || evicts_written()
+    }
+
+    /// True if one worker may have reads of many pages in flight, because it waits for nothing but disks.
+    pub(crate) fn reads_at_once(&self) -> bool {
+        self.kinds.has_direct() && !self.calls_user()
+    }
+
+    /// The file that is read around the page cache, if it has all bytes of a page, and their offset in it.
+    pub(crate) fn direct_page(&self, page: Page) -> Option<(&DirectFile, u64)> {
+        let piece = self.piece_to_read(page.span())?;
+        let is_whole = piece.bytes >= self.page_size().bytes() as u64;
+        piece.backing.direct_file().filter(|_| is_whole).map(|file| (file, piece.offset))
+    }
+
+    /// The first part of a span that lies in one chunk, if its pages are read one by one. Not the pages that the
+    /// owner of foreign memory has discarded, because they are zeros.
+    fn piece_to_read(&self, span: Span) -> Option<Piece<'_>> {
+        if self.page_size() != PageSize::system() {
             return None;
         }
         let (first, span) = (span.first, self.target.contiguous(span));
-        // Pages that the owner has discarded are zeros, and are not fetched.
         let span = self.target.foreign().map_or(span, |adopted| adopted.next_kept(span));
         if span.is_empty() || span.first != first {
             return None;
         }
         let offsets = self.page_size().offsets(span);
-        let piece = self.layout.piece_at(offsets.start, offsets.end);
-        let Backing::Fetched(fetched) = piece.backing else { return None };
-        let page = self.page_size().bytes() as u64;
-        let pages = usize::try_from(piece.bytes / page).unwrap_or(usize::MAX);
-        let most = self.layout.read_length(offsets.start, FETCH_PAGES as u64 * page) / page;
-        (pages > 0).then_some((pages.min((most as usize).max(1)), fetched, piece.offset))
+        Some(self.layout.piece_at(offsets.start, offsets.end))
     }
 
     /// The pages that are filled together with a page, because its source prefers to read them at

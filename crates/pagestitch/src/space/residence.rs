@@ -83,6 +83,9 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
     /// The number of written pages of all regions of the budget that have gone back to their sources.
     fn written_back_pages(&self) -> u64;
 
+    /// True if an eviction may write pages to a source of any region of the budget.
+    fn evicts_written(&self) -> bool;
+
     /// The written pages, if they go back to their sources.
     fn written_back(&self) -> Option<&dyn WrittenBack>;
 }
