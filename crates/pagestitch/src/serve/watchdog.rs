@@ -79,6 +79,10 @@ pub(super) struct Watchdog {
     seen: Vec<SeenWorker>,
     /// The number of looks in a row at which no worker worked.
     quiet: u32,
+    /// The number of looks in a row at which all workers waited for disks.
+    short_of_readers: u32,
+    /// The number of looks in a row at which there were enough workers.
+    enough: u32,
     /// Time that has passed since the last look at the faults.
     uncounted: Duration,
     /// True if a worker is held up and none can be started in its place.
@@ -95,6 +99,8 @@ impl Watchdog {
             limits,
             seen: Vec::new(),
             quiet: 0,
+            short_of_readers: 0,
+            enough: 0,
             uncounted: Duration::ZERO,
             short: false,
             batch: Batch::with_capacity(BATCH),
@@ -155,6 +161,7 @@ impl Watchdog {
             self.state.requested.note_held_up(|slot| self.seen[slot].is_held_up());
         }
         self.last_resort(look);
+        self.adapt_workers(look);
         let overflowed = self.state.overflowed.swap(false, Ordering::SeqCst);
         if short || overflowed || !self.read.is_empty() {
             self.read_all();
@@ -176,6 +183,23 @@ impl Watchdog {
                 }
                 false
             }
+        }
+    }
+
+    /// Starts another worker while all of them wait for disks, and lets one end that is not needed any more: each
+    /// wait of a thread for the disk costs more than one of many in a ring.
+    fn adapt_workers(&mut self, look: Observation) {
+        let workers = &self.state.workers;
+        let is_short = workers.take_waits_for_disk() && look.waiting == 0;
+        self.short_of_readers = if is_short { self.short_of_readers + 1 } else { 0 };
+        self.enough = if is_short || look.held_up > 0 { 0 } else { self.enough + 1 };
+        if self.short_of_readers >= SHORT && workers.working() < READERS_MAX {
+            self.short_of_readers = 0;
+            // Without another worker the faults take longer, and none is lost.
+            let _ = ServerState::start_replacement(&self.state, workers.next_post());
+        }
+        if self.enough >= ENOUGH {
+            workers.dismiss_one();
         }
     }
 
@@ -319,6 +343,12 @@ const BATCH: usize = 64;
 /// After this many looks without work the watchdog sleeps until a worker wakes it, which costs a
 /// fault one system call.
 const QUIET: u32 = 50;
+/// After this many looks at which all workers waited for disks, another one starts.
+const SHORT: u32 = 3;
+/// The most workers that start because others wait for disks.
+const READERS_MAX: usize = 16;
+/// After this many looks at which there were enough workers, one that replaces another may end: a second.
+const ENOUGH: u32 = 100;
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {

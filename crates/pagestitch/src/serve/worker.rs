@@ -105,23 +105,28 @@ impl Worker {
                 (false, true) => Some(LINGER),
                 (false, false) => None,
             };
-            match self.round(wait) {
-                Round::Stopped => return self.end(),
-                Round::Quiet
-                    if wait == Some(LINGER)
-                        && self.reads.is_idle()
-                        && self.state.workers.try_remove(self.slot) =>
-                {
-                    return self.end();
-                }
-                Round::Quiet | Round::Prefetched | Round::Busy => self.state.workers.mark_waiting(self.slot),
+            let round = self.round(wait);
+            if round == Round::Stopped || self.is_surplus(wait == Some(LINGER) && round == Round::Quiet) {
+                self.finish_reads();
+                return self.served;
             }
+            self.state.workers.mark_waiting(self.slot);
         }
     }
 
-    fn end(mut self) -> u64 {
-        self.finish_reads();
-        self.served
+    /// True if the worker was not needed while it waited, or is not needed any more, and another one waits at its
+    /// post. It is removed then.
+    fn is_surplus(&self, has_lingered: bool) -> bool {
+        let state = &self.state;
+        let may_end = has_lingered || state.workers.take_dismissal() && !state.has_more();
+        if !may_end || !self.reads.is_idle() || !state.workers.try_remove(self.slot) {
+            return false;
+        }
+        // Work that has come meanwhile may have woken no other worker.
+        if state.has_more() || state.has_left_over() {
+            state.wake_one();
+        }
+        true
     }
 
     /// Works without waiting until no work is left or `budget` faults are served. Returns the
@@ -447,6 +452,9 @@ impl Worker {
         }
         if !self.reads.is_idle() && region.calls_user() {
             self.finish_reads();
+        }
+        if !self.reads.is_possible() && region.reads_at_once() {
+            self.state.workers.note_disk();
         }
         self.reads.note_others(self.state.has_queued());
         let Self { buffers, reads, .. } = self;

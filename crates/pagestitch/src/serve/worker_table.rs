@@ -29,6 +29,10 @@ pub(crate) struct WorkerTable {
     pub(super) held_up: AtomicUsize,
     /// The number of workers started in place of one that was held up.
     pub(super) replacements: AtomicU64,
+    /// True if a worker has waited for a disk, without a ring, since the last look.
+    waits_for_disk: AtomicBool,
+    /// True if one of the workers that there are beyond the posts may end.
+    dismisses: AtomicBool,
     /// How often a worker was held up and none could be started in its place.
     pub(super) shortages: AtomicU64,
 }
@@ -77,6 +81,8 @@ impl WorkerTable {
             last_resort: AtomicBool::new(false),
             held_up: AtomicUsize::new(0),
             replacements: AtomicU64::new(0),
+            waits_for_disk: AtomicBool::new(false),
+            dismisses: AtomicBool::new(false),
             shortages: AtomicU64::new(0),
         })
     }
@@ -130,6 +136,33 @@ impl WorkerTable {
     fn remove(&self, slot: usize) {
         self.slots[slot].steps.store(VACANT, Ordering::SeqCst);
         self.working.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Notes that a worker waits for a disk, and serves no other fault meanwhile.
+    pub(super) fn note_disk(&self) {
+        if !self.waits_for_disk.load(Ordering::Relaxed) {
+            self.waits_for_disk.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// True if a worker has waited for a disk since the last call.
+    pub(super) fn take_waits_for_disk(&self) -> bool {
+        self.waits_for_disk.swap(false, Ordering::Relaxed)
+    }
+
+    /// Lets one of the workers end that there are beyond the posts.
+    pub(super) fn dismiss_one(&self) {
+        self.dismisses.store(self.has_replacements(), Ordering::Relaxed);
+    }
+
+    /// True if the calling worker may end. Only one is told so.
+    pub(super) fn take_dismissal(&self) -> bool {
+        self.dismisses.load(Ordering::Relaxed) && self.dismisses.swap(false, Ordering::Relaxed)
+    }
+
+    /// The post for a worker beyond those of the posts.
+    pub(super) fn next_post(&self) -> usize {
+        self.working() % self.posts
     }
 
     /// True if there are more workers than posts: a worker that finds no work for a while then
