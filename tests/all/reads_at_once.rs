@@ -105,6 +105,23 @@ fn without_io_uring_a_worker_waits_for_each_read() {
     end.expect_pass();
 }
 
+#[test]
+fn without_io_uring_more_workers_wait_for_the_disk() {
+    let end = child::run(this_test!(), || {
+        deny_io_uring(Errno::EPERM);
+        let bytes = pattern(6, PAGES * PAGE);
+        let Some((file, path)) = direct(this_test!(), &bytes) else { return };
+        fs::remove_file(path).unwrap();
+        let pool = Pool::builder().workers(1).start().unwrap();
+        wait::until("more workers", || {
+            touch_all(&build(&file, &pool), &bytes);
+            pool.metrics().working > 2
+        });
+        assert_eq!(pool.metrics().shortages, 0);
+    });
+    end.expect_pass();
+}
+
 /// The worker that hangs has no read in flight, because no other worker could install its page.
 #[test]
 fn a_source_that_hangs_holds_up_no_read_in_flight() {

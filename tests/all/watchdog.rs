@@ -1,6 +1,6 @@
 //! Faults that take too long: reported once, and timed out where that is declared.
 
-use crate::{PAGE, SIGBUS, comes_true, touch, until};
+use crate::{PAGE, SIGBUS, SetOnDrop, comes_true, touch, until};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -12,12 +12,14 @@ use pagestitch_kernel::Uffd;
 use pagestitch_kernel::uffd::FaultMode;
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::memory::discard;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::io::IoSliceMut;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -283,4 +285,33 @@ fn be_stopped_for(time: Duration) {
     });
     kill(parent, Signal::SIGSTOP).unwrap();
     assert!(wakes.succeeds());
+}
+
+/// Three threads touch pages all the time, so that each worker has work in each second.
+#[test]
+fn a_worker_that_replaced_another_ends_while_the_pool_is_busy() {
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let held = hanging();
+    let builder = Region::builder().readahead(Readahead::None).keep_sources();
+    let (hanging, busy) = (builder.chunk(Chunk::source(Arc::clone(&held))), Region::builder());
+    let busy = busy.chunk(vec![7; 3 * PAGE]).readahead(Readahead::None).keep_sources().build(&pool).unwrap();
+    let hanging = hanging.build(&pool).unwrap();
+    let is_over = AtomicBool::new(false);
+    scope(|scope| {
+        let _is_over = SetOnDrop(&is_over);
+        for page in 0..3 {
+            let (busy, is_over) = (&busy, &is_over);
+            scope.spawn(move || {
+                while !is_over.load(Ordering::SeqCst) {
+                    discard(busy, page * PAGE..(page + 1) * PAGE);
+                    assert_eq!(busy.as_slice()[page * PAGE], 7);
+                }
+            });
+        }
+        scope.spawn(|| assert_eq!(hanging.as_slice()[3 * PAGE], byte_at(3 * PAGE as u64)));
+        held.wait_until_held(1);
+        until(|| pool.metrics().working > 1);
+        held.release();
+        until(|| pool.metrics().working == 1);
+    });
 }

@@ -141,6 +141,18 @@ impl ReadRing {
         self.enter(most)
     }
 
+    /// Sends the queued reads.
+    ///
+    /// # Errors
+    ///
+    /// As [`wait`](Self::wait).
+    pub fn send(&mut self) -> Result<(), Errno> {
+        if self.ring.submission().is_empty() {
+            return Ok(());
+        }
+        told(self.ring.submit())
+    }
+
     /// Sends the queued reads, and waits until a read has ended.
     ///
     /// # Errors
@@ -186,11 +198,7 @@ impl ReadRing {
         if let Some(time) = &time {
             args = args.timespec(time);
         }
-        match self.ring.submitter().submit_with_args(1, &args).map_err(|error| errno_of(&error)) {
-            Ok(_) => Ok(()),
-            Err(errno) if matches!(errno.raw(), libc::ETIME | libc::EINTR | libc::EBUSY) => Ok(()),
-            Err(errno) => Err(errno),
-        }
+        told(self.ring.submitter().submit_with_args(1, &args))
     }
 
     /// The first bytes of the page of a slot.
@@ -237,6 +245,14 @@ fn ring() -> io::Result<IoUring> {
     ring.submit_and_wait(1)?;
     let answer = ring.completion().next().expect("an entry has ended").result();
     if answer < 0 { Err(io::Error::from_raw_os_error(-answer)) } else { Ok(ring) }
+}
+
+/// The end of a call that may have sent nothing: the next one does.
+fn told(answer: io::Result<usize>) -> Result<(), Errno> {
+    match answer.map_err(|error| errno_of(&error)) {
+        Err(errno) if !matches!(errno.raw(), libc::ETIME | libc::EINTR | libc::EBUSY) => Err(errno),
+        _ => Ok(()),
+    }
 }
 
 fn errno_of(error: &io::Error) -> Errno {

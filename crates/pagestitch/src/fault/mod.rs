@@ -38,7 +38,7 @@ pub(crate) use beside::fill_beside;
 pub(crate) use claim::Wanted;
 pub(crate) use error::{InstallError, Unfilled};
 pub(crate) use on_fault::{AfterFault, serve};
-pub(crate) use page_reads::{Completed, PageReads};
+pub(crate) use page_reads::PageReads;
 pub(crate) use prefetch::{fill_ahead, fill_requested, replay};
 pub(crate) use prefetch_job::{NextStep, PrefetchJob};
 pub(crate) use request::{FaultRequest, Host};

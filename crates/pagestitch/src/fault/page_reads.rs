@@ -25,15 +25,6 @@ pub(crate) struct PageReads<H: Host> {
     others_wait: bool,
 }
 
-/// The end of a [wait](PageReads::wait).
-#[derive(Debug, Default)]
-pub(crate) struct Completed {
-    /// A read has ended.
-    pub(crate) has_read: bool,
-    /// The other descriptor is readable, or was a moment ago.
-    pub(crate) is_readable: bool,
-}
-
 /// The ring of a worker, whose thread must start it.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "a worker that starts its ring allocates nothing")]
@@ -120,22 +111,22 @@ impl<H: Host> PageReads<H> {
         }
     }
 
-    /// Installs the pages whose reads have ended.
-    pub(crate) fn complete(&mut self, buffers: &mut Buffers) -> Completed {
-        let mut completed = Completed::default();
-        let Ring::Started(ring) = &mut self.ring else { return completed };
+    /// Sends the reads that were begun, so that the disk works meanwhile, and installs the pages whose reads have
+    /// ended. True if there were some.
+    pub(crate) fn complete(&mut self, buffers: &mut Buffers) -> bool {
+        let Ring::Started(ring) = &mut self.ring else { return false };
+        let before = ring.in_flight();
+        if before == 0 {
+            return false;
+        }
+        check(ring.send());
         while let Some(next) = ring.next() {
-            match next {
-                Next::Readable => completed.is_readable = true,
-                Next::Read(slot, read) => {
-                    completed.has_read = true;
-                    if let Some(pending) = self.pending[slot].take() {
-                        deliver(pending, read, buffers);
-                    }
-                }
+            let Next::Read(slot, read) = next else { continue };
+            if let Some(pending) = self.pending[slot].take() {
+                deliver(pending, read, buffers);
             }
         }
-        completed
+        ring.in_flight() < before
     }
 
     /// Waits for all reads, and installs their pages.

@@ -284,8 +284,9 @@ impl PoolBuilder {
     /// values below the number of [workers](Self::workers) are raised to it.
     ///
     /// A worker that is in one source for 10 ms is replaced by another thread, so that a source
-    /// that hangs holds up no other region. After such a source answers, a worker that finds no
-    /// work for a second ends. If all threads are held up, the pool logs an error and counts a
+    /// that hangs holds up no other region. After such a source answers, a worker that is not needed
+    /// for a second ends. Up to 16 threads read [direct](crate::source::FileSource::direct) files, if
+    /// all others wait for the disk and the kernel forbids an `io_uring(7)`. If all threads are held up, the pool logs an error and counts a
     /// [shortage](PoolMetrics::shortages); faults then wait until a source answers or the
     /// [`fault_timeout`](Self::fault_timeout) is over.
     ///

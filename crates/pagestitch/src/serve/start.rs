@@ -1,4 +1,4 @@
-//! The start of a worker, at a post of its own or in place of a worker that is held up.
+//! The start of a worker, at a post of its own or beside workers that are held up.
 
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::PageReads;
@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::thread;
 
 impl ServerState {
-    /// Starts a worker at a post in place of a worker that is held up. Both have a fault in flight,
-    /// so the new worker takes a permit of `max_in_flight()`.
+    /// Starts another worker at a post where a worker is held up. Both have a fault in flight, so the
+    /// new worker takes a permit of `max_in_flight()`.
     pub(super) fn start_replacement(state: &Arc<Self>, post: usize) -> Result<(), Error> {
         // A permit that no worker can use is not taken, because its return wakes workers.
         if state.workers.working() >= state.workers.most() {

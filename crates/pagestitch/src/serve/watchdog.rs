@@ -15,6 +15,9 @@
 //!                         reads the faults itself, so that they are known and can time out
 //! ```
 //!
+//! Where a disk holds up all workers, each for a short time, and the kernel has no ring for their reads, it starts
+//! more workers, too. When they are not needed any more, they end one by one.
+//!
 //! It adds up the time between its looks, and counts each interval as no longer than the wait that
 //! it has requested. So the time in which the process is stopped does not count.
 
@@ -81,7 +84,7 @@ pub(super) struct Watchdog {
     quiet: u32,
     /// The number of looks in a row at which all workers waited for disks.
     short_of_readers: u32,
-    /// The number of looks in a row at which there were enough workers.
+    /// How long there were enough workers, in looks.
     enough: u32,
     /// Time that has passed since the last look at the faults.
     uncounted: Duration,
@@ -192,7 +195,12 @@ impl Watchdog {
         let workers = &self.state.workers;
         let is_short = workers.take_waits_for_disk() && look.waiting == 0;
         self.short_of_readers = if is_short { self.short_of_readers + 1 } else { 0 };
-        self.enough = if is_short || look.held_up > 0 { 0 } else { self.enough + 1 };
+        self.enough = match (is_short, look.held_up > 0) {
+            (true, _) => 0,
+            // On a loaded machine a worker without a CPU may look as if it were held up.
+            (false, true) => self.enough.saturating_sub(10),
+            (false, false) => self.enough.saturating_add(1),
+        };
         if self.short_of_readers >= SHORT && workers.working() < READERS_MAX {
             self.short_of_readers = 0;
             // Without another worker the faults take longer, and none is lost.

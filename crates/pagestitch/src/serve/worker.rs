@@ -9,9 +9,7 @@
 //! panic aborts the process, because its waiters would hang forever.
 
 use crate::fault::fill::Buffers;
-use crate::fault::{
-    AfterFault, Completed, FaultRequest, PageReads, fill_ahead, fill_requested, replay, serve,
-};
+use crate::fault::{AfterFault, FaultRequest, PageReads, fill_ahead, fill_requested, replay, serve};
 use crate::guard::AbortOnPanic;
 use crate::policy::Replay;
 use crate::serve::Served;
@@ -157,7 +155,8 @@ impl Worker {
         // One descriptor a round, because the others then stay ready for a replacement of this
         // worker.
         let mut ready = [EpollEvent::empty()];
-        let (count, has_read) = self.wait(&mut ready, most);
+        let count = self.wait(&mut ready, most);
+        self.state.workers.mark_working(self.slot);
         match count {
             Ok(0) => {}
             Ok(_) => {
@@ -179,6 +178,7 @@ impl Worker {
             Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
         }
         self.serve_queued();
+        let has_read = self.reads.complete(&mut self.buffers);
         self.fill_ahead();
         // Requested prefetches come after readahead and recordings.
         let has_requested = self.state.prefetches.1.is_empty() && self.fill_requested();
@@ -189,22 +189,15 @@ impl Worker {
         }
     }
 
-    /// Waits until a descriptor is ready, or a read in flight has ended. Returns the number of ready descriptors,
-    /// and whether a page of a read is installed.
-    fn wait(&mut self, ready: &mut [EpollEvent], most: Option<Duration>) -> (Result<usize, Errno>, bool) {
-        if self.reads.is_idle() {
-            let count = self.wait_for_events(ready, most);
-            self.state.workers.mark_working(self.slot);
-            return (count, false);
-        }
-        self.reads.wait(self.ready.0.as_fd(), most);
-        self.state.workers.mark_working(self.slot);
-        let Completed { has_read, is_readable } = self.reads.complete(&mut self.buffers);
-        let count = if is_readable { self.wait_for_events(ready, Some(Duration::ZERO)) } else { Ok(0) };
-        (count, has_read)
-    }
-
-    fn wait_for_events(&self, ready: &mut [EpollEvent], most: Option<Duration>) -> Result<usize, Errno> {
+    /// Waits until a descriptor is ready, or a read in flight has ended. Returns the number of ready descriptors.
+    fn wait(&mut self, ready: &mut [EpollEvent], most: Option<Duration>) -> Result<usize, Errno> {
+        let most = match self.reads.is_idle() {
+            true => most,
+            false => {
+                self.reads.wait(self.ready.0.as_fd(), most);
+                Some(Duration::ZERO)
+            }
+        };
         let most = most.map(|most| EpollTimeout::try_from(most).expect("it is a second at most"));
         self.ready.wait(ready, most.unwrap_or(EpollTimeout::NONE)).map_err(Errno::of)
     }

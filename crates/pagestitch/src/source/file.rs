@@ -88,6 +88,12 @@ impl FileSource {
     /// usual before). A region that is served [`Inline`](crate::Inline) reads a page from the disk, if all
     /// of it is one part of the file that begins with a block of the disk, and any other page through the page cache.
     ///
+    /// If several threads wait for pages, one worker of a [`Pool`](crate::Pool) reads all of them at once, by an
+    /// `io_uring(7)` (Linux 6.1; a container may forbid it). Elsewhere the pool starts more workers, which wait for the
+    /// disk, up to 16. A worker waits for each read, too, if a fault of the region may call code of the application: a
+    /// source that is no file, [`on_page_failure`](crate::Builder::on_page_failure), or a budget with
+    /// [`write_back`](crate::Builder::write_back).
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::UnusableFile`] on a file system without such reads, and [`ErrorKind::Io`] if the file
