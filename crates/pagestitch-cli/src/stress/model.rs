@@ -3,12 +3,15 @@
 use super::sources::{FaultyFetch, FaultySource};
 use super::tally::Tally;
 use fastrand::Rng;
+use nix::fcntl::OFlag;
 use pagestitch::source::{Cached, Donated, FileSource, Limited, Memfd, Pages, Retrying, UnsealedMemfd};
 use pagestitch::{Builder, Chunk, Retry};
 use pagestitch_testkit::memory::huge_memfd;
+use std::env;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -110,6 +113,7 @@ impl Model {
                 Chunk::from(Memfd::from(memfd.seal()?))
             }
             2 => self.donated(rng, len)?,
+            FILE if rng.bool() => return self.direct_file(rng, tally, len),
             FILE => {
                 // A file that has a name only while it is open.
                 let memfd = UnsealedMemfd::create("file", len as u64)?;
@@ -123,6 +127,22 @@ impl Model {
             6 => return self.rotation(rng, tally, len),
             _ => self.memory(rng, len),
         }])
+    }
+
+    /// A file on a disk, which is read around the page cache if it can be. Its pages are those of the region.
+    fn direct_file(&mut self, rng: &mut Rng, tally: &Tally, len: usize) -> io::Result<Vec<Chunk>> {
+        let gap = (PAGE - self.bytes.len() % PAGE) % PAGE;
+        let before = (gap > 0).then(|| self.memory(rng, gap));
+        let mut options = File::options();
+        let file =
+            options.read(true).write(true).custom_flags(OFlag::O_TMPFILE.bits()).open(env::temp_dir())?;
+        file.write_all_at(self.random_bytes(rng, len), 0)?;
+        let open = || FileSource::from_file(file.try_clone()?, "disk").map_err(io::Error::other);
+        let direct = open()?.direct();
+        let kind = if direct.is_ok() { &tally.direct_files } else { &tally.files };
+        Tally::count(kind, 1);
+        let file = direct.or_else(|_| open())?;
+        Ok(before.into_iter().chain([file.into()]).collect())
     }
 
     /// A chunk of a source that fails, which is wrapped at times.

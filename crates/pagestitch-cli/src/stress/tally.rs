@@ -57,6 +57,8 @@ tally! {
     donated_rotations,
     /// Chunks of files.
     files,
+    /// Chunks of files that are read around the page cache.
+    direct_files,
     /// Faults in regions that are served inline.
     inline_faults,
     /// Parts of memfds of huge pages.
