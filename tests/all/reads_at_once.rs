@@ -6,7 +6,7 @@ use pagestitch::source::FileSource;
 use pagestitch::{Chunk, OnFailure, Pool, Readahead, Region};
 use pagestitch_kernel::Errno;
 use pagestitch_kernel::read_ring::{ReadBuffers, ReadRing};
-use pagestitch_testkit::deny::deny_io_uring;
+use pagestitch_testkit::deny::{deny_io_uring, deny_io_uring_to_all_threads};
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -24,7 +24,7 @@ const THREADS: usize = 8;
 fn has_rings(test: &str) -> bool {
     match ReadRing::start(ReadBuffers::new().unwrap()) {
         Ok(_) => true,
-        Err((errno, _)) => {
+        Err(errno) => {
             println!("SKIPPED {test}: no io_uring: {errno}");
             false
         }
@@ -100,6 +100,29 @@ fn without_io_uring_a_worker_waits_for_each_read() {
         fs::remove_file(path).unwrap();
         let pool = one_worker(1);
         (0..3).for_each(|_| touch_all(&build(&file, &pool), &bytes));
+        assert_eq!(rings(), 0);
+    });
+    end.expect_pass();
+}
+
+/// As in a process that confines itself after its start.
+#[test]
+fn a_ring_that_is_forbidden_later_is_not_used_any_more() {
+    let end = child::run(this_test!(), || {
+        let bytes = pattern(7, PAGES * PAGE);
+        let Some((file, path)) = direct(this_test!(), &bytes) else { return };
+        fs::remove_file(path).unwrap();
+        if !has_rings(this_test!()) {
+            return;
+        }
+        let pool = one_worker(1);
+        touch_until_a_ring(&file, &bytes, &pool);
+        let region = build(&file, &pool);
+        scope(|scope| {
+            scope.spawn(|| deny_io_uring_to_all_threads(Errno::EPERM));
+            touch_all(&region, &bytes);
+        });
+        touch_all(&build(&file, &pool), &bytes);
         assert_eq!(rings(), 0);
     });
     end.expect_pass();

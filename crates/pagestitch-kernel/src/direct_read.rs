@@ -67,6 +67,19 @@ impl DirectFile {
         whole(into.as_ptr().addr()) && whole(into.len()) && whole(offset as usize)
     }
 
+    /// True if a block of the disk begins at `offset`.
+    ///
+    /// ```no_run
+    /// # use pagestitch_kernel::direct_read::DirectFile;
+    /// # let direct = DirectFile::reopen(&std::fs::File::open("/proc/self/exe")?)?;
+    /// assert!(direct.has_block_at(4096) && !direct.has_block_at(1));
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    #[must_use]
+    pub const fn has_block_at(&self, offset: u64) -> bool {
+        offset % self.align as u64 == 0
+    }
+
     /// As [`fill_from`], which a signal handler may call: false also unless the bytes are
     /// [aligned](Self::is_aligned).
     ///

@@ -17,11 +17,12 @@ use io_uring::{IoUring, opcode, squeue};
 use nix::libc;
 use nix::sys::mman::ProtFlags;
 use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
-use std::{fmt, io, mem, slice};
+use std::{fmt, io, slice, thread};
 
 /// The memory of a [`ReadRing`]: a page for each read. A page that is never read into takes no memory.
 #[derive(Debug)]
@@ -37,7 +38,7 @@ impl ReadBuffers {
     }
 }
 
-/// Reads of single pages that are in flight at once. For the thread that has started it.
+/// Reads of single pages that are in flight at once. Only the thread that has started the ring can use it.
 ///
 /// ```no_run
 /// use pagestitch_kernel::direct_read::DirectFile;
@@ -48,7 +49,7 @@ impl ReadBuffers {
 /// let file = File::open("/proc/self/exe")?;
 /// let direct = DirectFile::reopen(&file)?;
 /// let (other, _writer) = std::io::pipe()?;
-/// let mut ring = ReadRing::start(ReadBuffers::new()?).map_err(|(errno, _)| errno)?;
+/// let mut ring = ReadRing::start(ReadBuffers::new()?)?;
 /// let slot = ring.begin(&direct, 0).expect("a free slot");
 /// ring.wait(other.as_fd(), None)?;
 /// while let Some(next) = ring.next() {
@@ -61,7 +62,8 @@ impl ReadBuffers {
 /// ```
 pub struct ReadRing {
     ring: IoUring,
-    buffers: ReadBuffers,
+    /// Given back when no read is in flight.
+    buffers: ManuallyDrop<ReadBuffers>,
     /// By slot: the file of a read in flight.
     files: [Option<Arc<File>>; READS],
     in_flight: usize,
@@ -83,15 +85,11 @@ impl ReadRing {
     ///
     /// # Errors
     ///
-    /// With the buffers: `EINVAL` or `ENOSYS` before Linux 6.1; `EPERM` or `EACCES` if a filter of system calls or
+    /// `EINVAL` or `ENOSYS` before Linux 6.1; `EPERM` or `EACCES` if a filter of system calls or
     /// `kernel.io_uring_disabled` forbids it; `ENOMEM`, `EMFILE`, `ENFILE`.
-    pub fn start(buffers: ReadBuffers) -> Result<Self, (Errno, ReadBuffers)> {
-        match ring() {
-            Ok(ring) => {
-                Ok(Self { ring, buffers, files: [const { None }; READS], in_flight: 0, is_watching: false })
-            }
-            Err(error) => Err((errno_of(&error), buffers)),
-        }
+    pub fn start(buffers: ReadBuffers) -> Result<Self, Errno> {
+        let (ring, files) = (ring().map_err(|error| errno_of(&error))?, [const { None }; READS]);
+        Ok(Self { ring, buffers: ManuallyDrop::new(buffers), files, in_flight: 0, is_watching: false })
     }
 
     /// The number of reads that were begun, and whose end was not told.
@@ -218,11 +216,17 @@ impl ReadRing {
 impl Drop for ReadRing {
     fn drop(&mut self) {
         while self.in_flight > 0 {
-            if self.wait_for_reads().is_err_and(|errno| errno != Errno::EAGAIN) {
-                let Ok(room) = ReadBuffers::new() else { std::process::abort() };
-                return mem::forget(mem::replace(&mut self.buffers, room));
+            match self.wait_for_reads() {
+                Ok(()) => {}
+                Err(Errno::EAGAIN) => thread::yield_now(),
+                Err(_) => return,
             }
             while self.next().is_some() {}
+        }
+        // SAFETY: the kernel writes to the memory no more, and no code uses the field after its owner's drop.
+        #[expect(unsafe_code, reason = "memory that is not always given back")]
+        unsafe {
+            ManuallyDrop::drop(&mut self.buffers);
         }
     }
 }
@@ -234,7 +238,8 @@ impl fmt::Debug for ReadRing {
 }
 
 /// A ring that runs the kernel's part of each read when its one thread waits, so that a completed read interrupts no
-/// other system call of that thread. It was used once, because a filter may forbid that alone.
+/// other system call of that thread. The function uses the ring once, because a filter may allow `io_uring_setup`
+/// and forbid `io_uring_enter`.
 fn ring() -> io::Result<IoUring> {
     let entries = (READS + 1).next_power_of_two() as u32;
     let mut ring: IoUring = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(entries)?;

@@ -3,7 +3,7 @@
 use pagestitch_kernel::Errno;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    apply_filter,
+    apply_filter, apply_filter_all_threads,
 };
 use std::env::consts::ARCH;
 
@@ -69,6 +69,17 @@ pub fn deny_io_uring(errno: Errno) {
     deny(errno, &[(nix::libc::SYS_io_uring_setup, vec![])]);
 }
 
+/// Fails `io_uring_enter(2)` with `errno`, for all threads of the process and all that they start. The filter is
+/// permanent.
+///
+/// # Panics
+///
+/// If the kernel refuses the filter.
+pub fn deny_io_uring_to_all_threads(errno: Errno) {
+    let program = program(errno, &[(nix::libc::SYS_io_uring_enter, vec![])]);
+    apply_filter_all_threads(&program).expect("the kernel takes the filter");
+}
+
 /// Fails `process_vm_readv(2)` and `process_vm_writev(2)` with `errno`, for this thread and all
 /// that it starts. The filter is permanent.
 ///
@@ -80,6 +91,10 @@ pub fn deny_copies(errno: Errno) {
 }
 
 fn deny(errno: Errno, rules: &[(i64, Vec<SeccompRule>)]) {
+    apply_filter(&program(errno, rules)).expect("the kernel takes the filter");
+}
+
+fn program(errno: Errno, rules: &[(i64, Vec<SeccompRule>)]) -> BpfProgram {
     let architecture = ARCH.try_into().expect("an architecture that seccompiler knows");
     let filter = SeccompFilter::new(
         rules.iter().cloned().collect(),
@@ -87,8 +102,7 @@ fn deny(errno: Errno, rules: &[(i64, Vec<SeccompRule>)]) {
         SeccompAction::Errno(errno.raw() as u32),
         architecture,
     );
-    let program: BpfProgram = filter.expect("a filter").try_into().expect("a program");
-    apply_filter(&program).expect("the kernel takes the filter");
+    filter.expect("a filter").try_into().expect("a program")
 }
 
 const USERFAULTFD_IOC_NEW: u64 = 0xaa00;

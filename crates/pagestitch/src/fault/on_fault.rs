@@ -77,6 +77,8 @@ struct Fault<'a, H: Host> {
     block: Option<Span>,
     /// Whether the source of the page, or the disk, answers later.
     is_fetched: bool,
+    /// Whether it is the disk.
+    is_read: bool,
 }
 
 impl<'a, H: Host> Fault<'a, H> {
@@ -97,7 +99,19 @@ impl<'a, H: Host> Fault<'a, H> {
         let has_failed = attempts != Attempts::default();
         let unit = if has_failed { page.span() } else { region.read_unit(page) };
         let prefetch = Prefetch::default();
-        Self { region, asked, permit, flight, sources, reads, prefetch, unit, block: None, is_fetched: false }
+        Self {
+            region,
+            asked,
+            permit,
+            flight,
+            sources,
+            reads,
+            prefetch,
+            unit,
+            block: None,
+            is_fetched: false,
+            is_read: false,
+        }
     }
 
     /// Records a first touch that fills `filled`, and asks the policy for pages to prefetch.
@@ -143,14 +157,15 @@ impl<'a, H: Host> Fault<'a, H> {
     /// Begins the read of the page, if the worker has other faults to serve meanwhile.
     fn begin_read(&mut self, claim: &mut Claim<'_>) -> bool {
         let (region, page) = (self.region, self.asked.page);
-        if !self.reads.are_useful() || !region.reads_at_once() || claim.span() != page.span() {
+        if !self.reads.are_useful() || claim.span() != page.span() {
             return false;
         }
         let Some(place) = region.direct_page(page) else { return false };
         let Some(permit) = self.permit.take().or_else(|| region.permit_fetch()) else { return false };
         let (asked, flight) = (self.asked, &mut self.flight);
         let again = || asked.again(flight.take().map(InFlightFault::keep), asked.attempts);
-        self.reads.begin(region, claim, place, again, permit)
+        self.is_read = self.reads.begin(region, claim, place, again, permit);
+        self.is_read
     }
 
     /// The request to go on with the fault elsewhere.
@@ -208,6 +223,7 @@ impl<'a, H: Host> Fault<'a, H> {
 
     fn pages_to_prefetch(&self, spent: u64) -> [Option<Span>; 2] {
         let with_fault = match (self.is_fetched, self.block) {
+            (true, None) if self.is_read => self.region.policy.spent(self.asked.page, self.reads.cost()),
             (true, None) => self.prefetch.with_fault,
             (false, None) => self.region.policy.spent(self.asked.page, spent),
             // The cost of a whole block says nothing about the cost of a fault.

@@ -7,13 +7,14 @@
 use crate::fault::fetch::{FetchReason, Pending};
 use crate::fault::fill::{Buffers, read_page};
 use crate::fault::request::{FaultRequest, Host};
+use crate::space::Mapping;
 use crate::space::page_table::Claim;
 use pagestitch_kernel::Errno;
 use pagestitch_kernel::direct_read::DirectFile;
 use pagestitch_kernel::read_ring::{Next, READS, ReadBuffers, ReadRing};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 
 /// The reads in flight of a worker.
@@ -21,8 +22,17 @@ use std::{io, mem, thread};
 pub(crate) struct PageReads<H: Host> {
     ring: Ring,
     /// By slot of the ring.
-    pending: Vec<Option<Pending<H>>>,
+    begun: Vec<Option<Begun<H>>>,
     others_wait: bool,
+    /// The share of a read in the time of the disk, in nanoseconds: a moving average.
+    cost: u64,
+}
+
+/// A read in flight. It has no page if its region is being dropped.
+#[derive(Debug)]
+struct Begun<H: Host> {
+    at: Instant,
+    pending: Option<Pending<H>>,
 }
 
 /// The ring of a worker, whose thread must start it.
@@ -39,13 +49,13 @@ enum Ring {
 impl<H: Host> PageReads<H> {
     /// Allocates all memory, so that faults allocate nothing.
     pub(crate) fn new() -> Result<Self, Errno> {
-        let pending = (0..READS).map(|_| None).collect();
-        Ok(Self { ring: Ring::Unstarted(ReadBuffers::new()?), pending, others_wait: false })
+        let begun = (0..READS).map(|_| None).collect();
+        Ok(Self { ring: Ring::Unstarted(ReadBuffers::new()?), begun, others_wait: false, cost: 0 })
     }
 
     /// For faults that several threads serve in turn: no read begins.
     pub(crate) const fn none() -> Self {
-        Self { ring: Ring::None, pending: Vec::new(), others_wait: false }
+        Self { ring: Ring::None, begun: Vec::new(), others_wait: false, cost: 0 }
     }
 
     /// True if no read is in flight.
@@ -61,9 +71,22 @@ impl<H: Host> PageReads<H> {
         !matches!(self.ring, Ring::None)
     }
 
-    /// Notes whether other faults wait for the worker. A single read takes less time without a ring.
-    pub(crate) const fn note_others(&mut self, others_wait: bool) {
+    /// Makes way for a fault of a region. Waits for the reads in flight if the fault may call code of the user,
+    /// because that may hang, and no other worker can install their pages. `others_wait`: other faults wait for the
+    /// worker, because a single read takes less time without a ring.
+    pub(crate) fn prepare(&mut self, region: &Mapping, others_wait: bool, buffers: &mut Buffers) {
         self.others_wait = others_wait;
+        if !self.is_idle() && region.calls_user() {
+            self.finish(buffers);
+        }
+        while let Ring::Started(ring) = &mut self.ring {
+            if ring.in_flight() < READS {
+                break;
+            }
+            let waited = ring.wait_for_reads();
+            self.go_on(waited, buffers);
+            self.complete(buffers);
+        }
     }
 
     /// True if the worker should begin the read of a page, and serve other faults meanwhile.
@@ -71,8 +94,13 @@ impl<H: Host> PageReads<H> {
         self.is_possible() && (self.others_wait || !self.is_idle())
     }
 
-    /// Begins the read of the first page of a claim. False, and nothing is changed, if the worker has to wait for
-    /// the read: if too many are in flight, or if the kernel forbids it.
+    /// The cost of a read among others.
+    pub(super) const fn cost(&self) -> u64 {
+        self.cost
+    }
+
+    /// Begins the read of the first page of a claim. False, and the pages stay claimed, if the worker has to wait
+    /// for the read.
     pub(super) fn begin(
         &mut self,
         region: &Arc<H>,
@@ -82,8 +110,8 @@ impl<H: Host> PageReads<H> {
         permit: H::Permit,
     ) -> bool {
         let Some(slot) = self.start().and_then(|ring| ring.begin(file, offset)) else { return false };
-        // A region that is being dropped has no use for the bytes.
-        self.pending[slot] = Pending::new(region, claim.split_off(1), FetchReason::Now(asked()), permit);
+        let pending = Pending::new(region, claim.split_off(1), FetchReason::Now(asked()), permit);
+        self.begun[slot] = Some(Begun { at: Instant::now(), pending });
         true
     }
 
@@ -92,7 +120,7 @@ impl<H: Host> PageReads<H> {
             if let Ring::Unstarted(buffers) = mem::replace(&mut self.ring, Ring::None) {
                 match ReadRing::start(buffers) {
                     Ok(ring) => self.ring = Ring::Started(ring),
-                    Err((errno, _)) => {
+                    Err(errno) => {
                         log!(debug, %errno, "no io_uring, so a worker waits for each read of a file");
                     }
                 }
@@ -105,9 +133,10 @@ impl<H: Host> PageReads<H> {
     }
 
     /// Waits until a read has ended, another descriptor is readable, or the time is over.
-    pub(crate) fn wait(&mut self, other: BorrowedFd<'_>, most: Option<Duration>) {
+    pub(crate) fn wait(&mut self, other: BorrowedFd<'_>, most: Option<Duration>, buffers: &mut Buffers) {
         if let Ring::Started(ring) = &mut self.ring {
-            check(ring.wait(other, most));
+            let waited = ring.wait(other, most);
+            self.go_on(waited, buffers);
         }
     }
 
@@ -119,23 +148,46 @@ impl<H: Host> PageReads<H> {
         if before == 0 {
             return false;
         }
-        check(ring.send());
+        let sent = ring.send();
+        let mut cost = None;
         while let Some(next) = ring.next() {
             let Next::Read(slot, read) = next else { continue };
-            if let Some(pending) = self.pending[slot].take() {
+            let Some(Begun { at, pending }) = self.begun[slot].take() else { continue };
+            cost.get_or_insert_with(|| at.elapsed().as_nanos() as u64 / before as u64);
+            if let Some(pending) = pending {
                 deliver(pending, read, buffers);
             }
         }
-        ring.in_flight() < before
+        let has_ended = ring.in_flight() < before;
+        self.cost = cost.map_or(self.cost, |cost| self.cost - self.cost / 8 + cost / 8);
+        self.go_on(sent, buffers);
+        has_ended
     }
 
     /// Waits for all reads, and installs their pages.
     pub(crate) fn finish(&mut self, buffers: &mut Buffers) {
         while !self.is_idle() {
             if let Ring::Started(ring) = &mut self.ring {
-                check(ring.wait_for_reads());
+                let waited = ring.wait_for_reads();
+                self.go_on(waited, buffers);
             }
             self.complete(buffers);
+        }
+    }
+
+    /// Goes on after a call of the kernel, which may try again later without memory. After any other error the worker
+    /// reads all pages itself: a filter of system calls that came after the start of the ring forbids its use.
+    fn go_on(&mut self, called: Result<(), Errno>, buffers: &mut Buffers) {
+        match called {
+            Ok(()) => {}
+            Err(Errno::EAGAIN) => thread::yield_now(),
+            Err(errno) => {
+                log!(warn, %errno, "an io_uring is of no use any more, so a worker waits for each read of a file");
+                self.ring = Ring::None;
+                for begun in self.begun.iter_mut().filter_map(Option::take) {
+                    begun.pending.into_iter().for_each(|pending| deliver(pending, Err(errno), buffers));
+                }
+            }
         }
     }
 }
@@ -150,14 +202,4 @@ fn deliver<H: Host>(pending: Pending<H>, read: Result<&[u8], Errno>, buffers: &m
     // The last pointer to the region must not end here.
     drop(region);
     pending.answer(answer);
-}
-
-/// Tries again later without memory. The kernel has allowed the ring at its start, and has no other reason to
-/// refuse.
-fn check(waited: Result<(), Errno>) {
-    match waited {
-        Ok(()) => {}
-        Err(Errno::EAGAIN) => thread::yield_now(),
-        Err(errno) => panic!("io_uring_enter on an owned ring: {errno}"),
-    }
 }

@@ -285,10 +285,13 @@ impl PoolBuilder {
     ///
     /// A worker that is in one source for 10 ms is replaced by another thread, so that a source
     /// that hangs holds up no other region. After such a source answers, a worker that is not needed
-    /// for a second ends. Up to 16 threads read [direct](crate::source::FileSource::direct) files, if
-    /// all others wait for the disk and the kernel forbids an `io_uring(7)`. If all threads are held up, the pool logs an error and counts a
+    /// for a second ends. If all threads are held up, the pool logs an error and counts a
     /// [shortage](PoolMetrics::shortages); faults then wait until a source answers or the
     /// [`fault_timeout`](Self::fault_timeout) is over.
+    ///
+    /// Where the kernel forbids an `io_uring(7)`, up to 16 threads read
+    /// [direct](crate::source::FileSource::direct) files, if all others wait for the disk. Not in a pool
+    /// with [`max_in_flight`](Self::max_in_flight).
     ///
     /// So a slow source is read by as many threads at once as there are faults that wait for it. If
     /// that is too many, limit the region

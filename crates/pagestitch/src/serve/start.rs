@@ -11,7 +11,7 @@ use std::thread;
 impl ServerState {
     /// Starts another worker at a post where a worker is held up. Both have a fault in flight, so the
     /// new worker takes a permit of `max_in_flight()`.
-    pub(super) fn start_replacement(state: &Arc<Self>, post: usize) -> Result<(), Error> {
+    pub(super) fn start_another(state: &Arc<Self>, post: usize) -> Result<(), Error> {
         // A permit that no worker can use is not taken, because its return wakes workers.
         if state.workers.working() >= state.workers.most() {
             return Err(no_slot());

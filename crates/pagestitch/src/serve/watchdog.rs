@@ -84,7 +84,7 @@ pub(super) struct Watchdog {
     quiet: u32,
     /// The number of looks in a row at which all workers waited for disks.
     short_of_readers: u32,
-    /// How long there were enough workers, in looks.
+    /// The number of looks at which there were enough workers, less ten for each at which one was held up.
     enough: u32,
     /// Time that has passed since the last look at the faults.
     uncounted: Duration,
@@ -175,7 +175,7 @@ impl Watchdog {
 
     /// Starts a worker at a post where no worker makes progress. False if none can be started.
     fn replace(&self, post: usize) -> bool {
-        match ServerState::start_replacement(&self.state, post) {
+        match ServerState::start_another(&self.state, post) {
             Ok(()) => {
                 self.state.workers.replacements.fetch_add(1, Ordering::Relaxed);
                 true
@@ -201,10 +201,11 @@ impl Watchdog {
             (false, true) => self.enough.saturating_sub(10),
             (false, false) => self.enough.saturating_add(1),
         };
-        if self.short_of_readers >= SHORT && workers.working() < READERS_MAX {
+        let may_start = self.state.permits.is_none() && workers.working() < READERS_MAX;
+        if self.short_of_readers >= SHORT && may_start {
             self.short_of_readers = 0;
             // Without another worker the faults take longer, and none is lost.
-            let _ = ServerState::start_replacement(&self.state, workers.next_post());
+            let _ = ServerState::start_another(&self.state, workers.next_post());
         }
         if self.enough >= ENOUGH {
             workers.dismiss_one();

@@ -116,8 +116,9 @@ impl Worker {
     /// post. It is removed then.
     fn is_surplus(&self, has_lingered: bool) -> bool {
         let state = &self.state;
-        let may_end = has_lingered || state.workers.take_dismissal() && !state.has_more();
-        if !may_end || !self.reads.is_idle() || !state.workers.try_remove(self.slot) {
+        let is_free = self.reads.is_idle() && !state.has_more();
+        let may_end = is_free && (has_lingered || state.workers.take_dismissal());
+        if !may_end || !state.workers.try_remove(self.slot) {
             return false;
         }
         // Work that has come meanwhile may have woken no other worker.
@@ -194,7 +195,7 @@ impl Worker {
         let most = match self.reads.is_idle() {
             true => most,
             false => {
-                self.reads.wait(self.ready.0.as_fd(), most);
+                self.reads.wait(self.ready.0.as_fd(), most, &mut self.buffers);
                 Some(Duration::ZERO)
             }
         };
@@ -340,17 +341,18 @@ impl Worker {
         let mut pages = batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
         // A worker that must read again enters no source before that, so it queues the whole batch.
         let (first, keeps) = match left.checked_sub(1).filter(|_| !read_again) {
-            // A read begins in less time than another worker wakes.
-            Some(others) if reads.is_possible() && region.reads_at_once() => (pages.next(), others),
             Some(others) => (pages.next(), turn.local_share().min(others)),
             None => (None, 0),
         };
+        // A read begins in less time than another worker wakes.
+        let may_begin = first.is_some() && reads.is_possible();
         let (mut queued, mut kept) = (0, 0);
         for (index, request) in pages.enumerate() {
+            let is_kept = index < keeps || may_begin && region.direct_page(request.page).is_some();
             match state.enqueue(QueuedFault::new(region, request)).ok() {
                 // This worker serves the fault soon. It is queued because this worker may hang:
                 // then the replacement serves it.
-                Some(()) if index < keeps => kept += 1,
+                Some(()) if is_kept => kept += 1,
                 Some(()) => queued += 1,
                 // The queue is full, so all other workers have work: serve it here.
                 None => {
@@ -360,6 +362,7 @@ impl Worker {
                         None => Some(request),
                     };
                     serve_limited(region, admitted, |request| {
+                        prepare(state, region, reads, buffers);
                         serve(region, request, None, buffers, reads).is_fetched
                     });
                 }
@@ -443,14 +446,8 @@ impl Worker {
         if !region.latency.is_fast() {
             self.state.watch_left();
         }
-        if !self.reads.is_idle() && region.calls_user() {
-            self.finish_reads();
-        }
-        if !self.reads.is_possible() && region.reads_at_once() {
-            self.state.workers.note_disk();
-        }
-        self.reads.note_others(self.state.has_queued());
-        let Self { buffers, reads, .. } = self;
+        let Self { state, buffers, reads, .. } = self;
+        prepare(state, region, reads, buffers);
         let AfterFault { prefetch, is_fetched } = serve(region, request, permit, buffers, reads);
         for span in prefetch.into_iter().flatten() {
             self.prefetch(region, span);
@@ -590,6 +587,14 @@ impl Worker {
         runs.for_each(|run| replay(region, run, &mut self.buffers));
         self.state.replay(region);
     }
+}
+
+/// Prepares the reads in flight for a fault of a region.
+fn prepare(state: &ServerState, region: &Served, reads: &mut PageReads<Served>, buffers: &mut Buffers) {
+    if !reads.is_possible() && region.reads_at_once() {
+        state.workers.note_disk();
+    }
+    reads.prepare(region, state.has_queued(), buffers);
 }
 
 /// Serves an admitted fault of a region, and then each waiting fault that its limit admits instead. A

@@ -382,14 +382,19 @@ impl Mapping {
 
     /// True if one worker may have reads of many pages in flight, because it waits for nothing but disks.
     pub(crate) fn reads_at_once(&self) -> bool {
-        self.kinds.has_direct() && !self.calls_user()
+        self.kinds.has_direct() && self.page_size() == PageSize::system() && !self.calls_user()
     }
 
-    /// The file that is read around the page cache, if it has all bytes of a page, and their offset in it.
+    /// The file around the page cache whose blocks have all bytes of a page, and their offset in it, if the page can
+    /// be read beside others.
     pub(crate) fn direct_page(&self, page: Page) -> Option<(&DirectFile, u64)> {
+        if !self.reads_at_once() {
+            return None;
+        }
         let piece = self.piece_to_read(page.span())?;
         let is_whole = piece.bytes >= self.page_size().bytes() as u64;
-        piece.backing.direct_file().filter(|_| is_whole).map(|file| (file, piece.offset))
+        let file = piece.backing.direct_file()?;
+        (is_whole && file.has_block_at(piece.offset)).then_some((file, piece.offset))
     }
 
     /// The first part of a span that lies in one chunk, if its pages are read one by one. Not the pages that the
