@@ -18,11 +18,15 @@ impl AsRef<[u8]> for Owner {
     }
 }
 
-fn named(name: &str, chunk: impl IntoChunk, server: impl Into<Server>) -> Result<Arc<Region>, Error> {
+pub(crate) fn named(
+    name: &str,
+    chunk: impl IntoChunk,
+    server: impl Into<Server>,
+) -> Result<Arc<Region>, Error> {
     Region::builder().name(name).chunk(chunk).build(server).map(Arc::new)
 }
 
-fn over(region: &Arc<Region>) -> Memory {
+pub(crate) fn over(region: &Arc<Region>) -> Memory {
     Memory::new(Owner(Arc::clone(region)))
 }
 

@@ -6,11 +6,12 @@
 use crate::errno::Errno;
 use crate::file_read::fill_from;
 use nix::libc;
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::sync::Arc;
 
 /// A file that is read around the page cache.
@@ -19,6 +20,7 @@ pub struct DirectFile {
     file: Arc<File>,
     /// The unit of offsets, lengths and addresses: a power of two, at most that of [`Block`].
     align: usize,
+    is_on_disk: bool,
 }
 
 /// Memory for whole blocks of a disk.
@@ -47,7 +49,8 @@ impl DirectFile {
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)?;
         let align = alignment(&file)?;
-        let direct = Self { file: Arc::new(file), align };
+        let is_on_disk = is_on_disk(&file)?;
+        let direct = Self { file: Arc::new(file), align, is_on_disk };
         // Some file systems refuse the read and not the open.
         direct.file.read_at(&mut Block::new().0[..align], 0)?;
         Ok(direct)
@@ -65,6 +68,22 @@ impl DirectFile {
     pub fn is_aligned(&self, offset: u64, into: &[u8]) -> bool {
         let whole = |number: usize| number % self.align == 0;
         whole(into.as_ptr().addr()) && whole(into.len()) && whole(offset as usize)
+    }
+
+    /// True if no program and no other machine decides how long a read takes: on ext4, xfs, btrfs and f2fs, and for
+    /// a block device.
+    ///
+    /// ```no_run
+    /// # use pagestitch_kernel::direct_read::DirectFile;
+    /// # let direct = DirectFile::reopen(&std::fs::File::open("/proc/self/exe")?)?;
+    /// if !direct.is_on_disk() {
+    ///     println!("a FUSE or network file system may hang");
+    /// }
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    #[must_use]
+    pub const fn is_on_disk(&self) -> bool {
+        self.is_on_disk
     }
 
     /// True if a block of the disk begins at `offset`.
@@ -133,6 +152,12 @@ impl Block {
     }
 }
 
+fn is_on_disk(file: &File) -> io::Result<bool> {
+    let on_disk = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, F2FS_SUPER_MAGIC];
+    let system = fstatfs(file).map_err(io::Error::from)?.filesystem_type();
+    Ok(on_disk.contains(&system) || file.metadata()?.file_type().is_block_device())
+}
+
 /// The alignment that direct reads of a file need. Before Linux 6.1 the kernel does not tell: a page then.
 fn alignment(file: &File) -> io::Result<usize> {
     let mut told = MaybeUninit::<libc::statx>::zeroed();
@@ -187,6 +212,7 @@ pub fn read_uncached(file: BorrowedFd<'_>, offset: u64, into: &mut [u8]) -> io::
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
+const F2FS_SUPER_MAGIC: FsType = FsType(libc::F2FS_SUPER_MAGIC as _);
 const RWF_DONTCACHE: libc::c_int = 0x80;
 const ALIGN_MAX: usize = 4096;
 /// A page, and the block in which it begins.

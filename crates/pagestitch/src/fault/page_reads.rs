@@ -71,12 +71,12 @@ impl<H: Host> PageReads<H> {
         !matches!(self.ring, Ring::None)
     }
 
-    /// Makes way for a fault of a region. Waits for the reads in flight if the fault may call code of the user,
-    /// because that may hang, and no other worker can install their pages. `others_wait`: other faults wait for the
+    /// Makes way for a fault of a region. Waits for the reads in flight if the fault may hang, because no other
+    /// worker can install their pages. `others_wait`: other faults wait for the
     /// worker, because a single read takes less time without a ring.
     pub(crate) fn prepare(&mut self, region: &Mapping, others_wait: bool, buffers: &mut Buffers) {
         self.others_wait = others_wait;
-        if !self.is_idle() && region.calls_user() {
+        if !self.is_idle() && region.may_hang() {
             self.finish(buffers);
         }
         while let Ring::Started(ring) = &mut self.ring {

@@ -136,17 +136,13 @@ impl Backing {
         }
     }
 
-    /// True if code of the user, or another process, decides how long a read of the source takes.
-    pub(crate) fn is_of_user(&self) -> bool {
+    /// True if code of the user, another process or another machine may decide how long a read of the source takes.
+    /// Memory may be that of another region, or of a file on FUSE.
+    pub(crate) fn may_hang(&self) -> bool {
         match self {
-            Self::Read(read) => !matches!(read.0.beside, Beside::File(_) | Beside::Writer(_, Some(_))),
-            Self::Fetched(_) | Self::Shared(_) => true,
-            Self::Memory(_)
-            | Self::Memfd(_)
-            | Self::Immutable(_)
-            | Self::Donated(_)
-            | Self::Hole(_)
-            | Self::Mapped(_) => false,
+            Self::Read(_) => !self.direct_file().is_some_and(DirectFile::is_on_disk),
+            Self::Memory(_) | Self::Immutable(_) | Self::Fetched(_) | Self::Shared(_) => true,
+            Self::Memfd(_) | Self::Donated(_) | Self::Hole(_) | Self::Mapped(_) => false,
         }
     }
 

@@ -90,9 +90,10 @@ impl FileSource {
     ///
     /// If several threads wait for pages, one worker of a [`Pool`](crate::Pool) reads all of them at once, by an
     /// `io_uring(7)` (Linux 6.1; a container may forbid it). Elsewhere the pool starts more workers, which wait for the
-    /// disk, up to 16. A worker waits for each read, too, if a fault of the region may call code of the application: a
-    /// source that is no file, [`on_page_failure`](crate::Builder::on_page_failure), or a budget with
-    /// [`write_back`](crate::Builder::write_back).
+    /// disk, up to 16. Neither happens where a fault of the region may hang: if the region has other chunks than such
+    /// files on ext4, xfs, btrfs or f2fs, sealed memfds and holes; with
+    /// [`on_page_failure`](crate::Builder::on_page_failure), or a budget with
+    /// [`write_back`](crate::Builder::write_back). A worker then waits for each read.
     ///
     /// # Errors
     ///

@@ -374,15 +374,15 @@ impl Mapping {
         (pages > 0).then_some((pages.min((most as usize).max(1)), fetched, piece.offset))
     }
 
-    /// True if a fault may call code of the user, which may hang: a source, a writer of a source, a failure callback.
-    pub(crate) fn calls_user(&self) -> bool {
+    /// True if a fault may wait for more than a disk: for a source, a writer of a source or a failure callback.
+    pub(crate) fn may_hang(&self) -> bool {
         let evicts_written = || self.residence.as_ref().is_some_and(|residence| residence.evicts_written());
-        self.kinds.has_user() || self.reporter.is_some() || evicts_written()
+        self.kinds.may_hang() || self.reporter.is_some() || evicts_written()
     }
 
     /// True if one worker may have reads of many pages in flight, because it waits for nothing but disks.
     pub(crate) fn reads_at_once(&self) -> bool {
-        self.kinds.has_direct() && self.page_size() == PageSize::system() && !self.calls_user()
+        self.kinds.has_direct() && self.page_size() == PageSize::system() && !self.may_hang()
     }
 
     /// The file around the page cache whose blocks have all bytes of a page, and their offset in it, if the page can

@@ -1,6 +1,7 @@
 //! The kinds of sources of a region that its fault path treats in their own ways.
 
 use crate::source::Backing;
+use pagestitch_kernel::direct_read::DirectFile;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The kinds of sources that a region has, or had: the fault path looks for none of another kind.
@@ -8,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub(crate) struct SourceKinds {
     has_fetched: AtomicBool,
     has_direct: AtomicBool,
-    has_user: AtomicBool,
+    may_hang: AtomicBool,
 }
 
 impl SourceKinds {
@@ -20,8 +21,8 @@ impl SourceKinds {
             }
         };
         add(&self.has_fetched, matches!(source, Backing::Fetched(_)));
-        add(&self.has_direct, source.direct_file().is_some());
-        add(&self.has_user, source.is_of_user());
+        add(&self.has_direct, source.direct_file().is_some_and(DirectFile::is_on_disk));
+        add(&self.may_hang, source.may_hang());
     }
 
     /// True if a source answers later.
@@ -29,13 +30,13 @@ impl SourceKinds {
         self.has_fetched.load(Ordering::Relaxed)
     }
 
-    /// True if a source is a file that is read around the page cache.
+    /// True if a source is a file on a disk that is read around the page cache.
     pub(crate) fn has_direct(&self) -> bool {
         self.has_direct.load(Ordering::Relaxed)
     }
 
-    /// True if code of the user, or another process, decides how long a read of a source takes.
-    pub(crate) fn has_user(&self) -> bool {
-        self.has_user.load(Ordering::Relaxed)
+    /// True if a read of a source may hang.
+    pub(crate) fn may_hang(&self) -> bool {
+        self.may_hang.load(Ordering::Relaxed)
     }
 }
