@@ -6,6 +6,7 @@ use crate::{PAGE, SetOnDrop, pattern};
 use pagestitch::source::FileSource;
 use pagestitch::{Chunk, OnFailure, Pool, Readahead, Region};
 use pagestitch_kernel::Errno;
+use pagestitch_kernel::direct_read::DirectFile;
 use pagestitch_kernel::read_ring::{ReadBuffers, ReadRing};
 use pagestitch_testkit::deny::{deny_io_uring, deny_io_uring_to_all_threads};
 use pagestitch_testkit::forked::ForkedChild;
@@ -30,6 +31,17 @@ fn has_rings(test: &str) -> bool {
             false
         }
     }
+}
+
+/// A file with these bytes on a disk, without a name; `None`, with a line that says so, where files are elsewhere.
+fn on_disk(test: &str, bytes: &[u8]) -> Option<Arc<FileSource>> {
+    let (file, path) = direct(test, bytes)?;
+    let is_on_disk = DirectFile::reopen(&File::open(&path).unwrap()).unwrap().is_on_disk();
+    fs::remove_file(path).unwrap();
+    if !is_on_disk {
+        println!("SKIPPED {test}: the folder for temporary files is not on a disk");
+    }
+    is_on_disk.then_some(file)
 }
 
 /// The rings of this process.
@@ -77,8 +89,7 @@ fn one_worker_has_many_reads_in_flight() {
     // In a process of its own, which has no other ring.
     let end = child::run(this_test!(), || {
         let bytes = pattern(1, PAGES * PAGE);
-        let Some((file, path)) = direct(this_test!(), &bytes) else { return };
-        fs::remove_file(path).unwrap();
+        let Some(file) = on_disk(this_test!(), &bytes) else { return };
         if !has_rings(this_test!()) {
             return;
         }
@@ -111,8 +122,7 @@ fn without_io_uring_a_worker_waits_for_each_read() {
 fn a_ring_that_is_forbidden_later_is_not_used_any_more() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(7, PAGES * PAGE);
-        let Some((file, path)) = direct(this_test!(), &bytes) else { return };
-        fs::remove_file(path).unwrap();
+        let Some(file) = on_disk(this_test!(), &bytes) else { return };
         if !has_rings(this_test!()) {
             return;
         }
@@ -134,8 +144,7 @@ fn without_io_uring_more_workers_wait_for_the_disk() {
     let end = child::run(this_test!(), || {
         deny_io_uring(Errno::EPERM);
         let bytes = pattern(6, PAGES * PAGE);
-        let Some((file, path)) = direct(this_test!(), &bytes) else { return };
-        fs::remove_file(path).unwrap();
+        let Some(file) = on_disk(this_test!(), &bytes) else { return };
         let pool = Pool::builder().workers(1).start().unwrap();
         wait::until("more workers", || {
             touch_all(&build(&file, &pool), &bytes);
