@@ -29,6 +29,8 @@ use std::{fmt, io, slice, thread};
 pub struct ReadBuffers(OwnedMapping);
 
 impl ReadBuffers {
+    /// Reserves the addresses.
+    ///
     /// # Errors
     ///
     /// The errno of `mmap(2)`: `ENOMEM`.
@@ -248,8 +250,13 @@ fn ring() -> io::Result<IoUring> {
     let pushed = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
     pushed.expect("an empty queue has room");
     ring.submit_and_wait(1)?;
-    let answer = ring.completion().next().expect("an entry has ended").result();
-    if answer < 0 { Err(io::Error::from_raw_os_error(-answer)) } else { Ok(ring) }
+    // None if a signal came first.
+    let answer = ring.completion().next().map(|entry| entry.result());
+    match answer {
+        Some(0..) => Ok(ring),
+        Some(number) => Err(io::Error::from_raw_os_error(-number)),
+        None => Err(io::Error::from_raw_os_error(libc::EINTR)),
+    }
 }
 
 /// The end of a call that may have sent nothing: the next one does.

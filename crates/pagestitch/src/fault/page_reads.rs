@@ -1,8 +1,9 @@
 //! Reads of files that are in flight together. A worker begins the read of a page, and serves other faults until
 //! the disk answers. The answer then takes the same journey as that of an asynchronous source.
 //!
-//! For a file that is read around the page cache, where the kernel allows an io_uring. Otherwise the worker
-//! waits for each read, and so many are in flight as there are workers.
+//! A worker does so for files on a disk that are read around the page cache, where the kernel allows an io_uring.
+//! It has no read in flight while a fault may hang, because no other worker can install the page. Otherwise a worker
+//! waits for each read, and as many reads are in flight as there are workers.
 
 use crate::fault::fetch::{FetchReason, Pending};
 use crate::fault::fill::{Buffers, read_page};
@@ -84,7 +85,7 @@ impl<H: Host> PageReads<H> {
                 break;
             }
             let waited = ring.wait_for_reads();
-            self.go_on(waited, buffers);
+            self.recover(waited, buffers);
             self.complete(buffers);
         }
     }
@@ -136,7 +137,7 @@ impl<H: Host> PageReads<H> {
     pub(crate) fn wait(&mut self, other: BorrowedFd<'_>, most: Option<Duration>, buffers: &mut Buffers) {
         if let Ring::Started(ring) = &mut self.ring {
             let waited = ring.wait(other, most);
-            self.go_on(waited, buffers);
+            self.recover(waited, buffers);
         }
     }
 
@@ -160,7 +161,7 @@ impl<H: Host> PageReads<H> {
         }
         let has_ended = ring.in_flight() < before;
         self.cost = cost.map_or(self.cost, |cost| self.cost - self.cost / 8 + cost / 8);
-        self.go_on(sent, buffers);
+        self.recover(sent, buffers);
         has_ended
     }
 
@@ -169,15 +170,15 @@ impl<H: Host> PageReads<H> {
         while !self.is_idle() {
             if let Ring::Started(ring) = &mut self.ring {
                 let waited = ring.wait_for_reads();
-                self.go_on(waited, buffers);
+                self.recover(waited, buffers);
             }
             self.complete(buffers);
         }
     }
 
-    /// Goes on after a call of the kernel, which may try again later without memory. After any other error the worker
-    /// reads all pages itself: a filter of system calls that came after the start of the ring forbids its use.
-    fn go_on(&mut self, called: Result<(), Errno>, buffers: &mut Buffers) {
+    /// Recovers from a call of the kernel that has failed. Without memory the worker tries again; after any other error
+    /// it reads all pages itself, because a filter of system calls that came after the start of the ring forbids its use.
+    fn recover(&mut self, called: Result<(), Errno>, buffers: &mut Buffers) {
         match called {
             Ok(()) => {}
             Err(Errno::EAGAIN) => thread::yield_now(),

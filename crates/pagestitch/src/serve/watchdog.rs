@@ -189,8 +189,8 @@ impl Watchdog {
         }
     }
 
-    /// Starts another worker while all of them wait for disks, and lets one end that is not needed any more: each
-    /// wait of a thread for the disk costs more than one of many in a ring.
+    /// Starts another worker while all of them wait for disks, and lets one end that is not needed any more,
+    /// because many threads that wait for a disk cost more processor time than one with a ring.
     fn adapt_workers(&mut self, look: Observation) {
         let workers = &self.state.workers;
         let is_short = workers.take_waits_for_disk() && look.waiting == 0;

@@ -5,6 +5,9 @@
 //! replacement does. Readahead starts when no fault is queued, and goes block by block to a free
 //! worker.
 //!
+//! A worker that meets several faults on a direct file begins the reads of their pages, and waits for reads and for
+//! events at once.
+//!
 //! A worker allocates nothing between two waits, and never touches the memory that it serves. Its
 //! panic aborts the process, because its waiters would hang forever.
 
