@@ -430,5 +430,7 @@ fn a_page_that_waits_in_standby_comes_back_without_a_fetch() {
             held.answer();
         }
     });
-    assert_eq!((budget.soft_faults(), held.asked()), (1, 4));
+    assert_eq!(held.asked(), 4);
+    // The worker counts a page after the fault has ended.
+    until(|| budget.soft_faults() == 1);
 }
