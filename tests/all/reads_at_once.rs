@@ -227,7 +227,7 @@ fn a_page_past_the_end_of_a_truncated_file_fails_among_reads_in_flight() {
             });
         }
     });
-    assert_eq!(region.metrics().pages_zeroed_on_failure, (PAGES - LEFT) as u64);
+    assert_eq!(region.close().pages_zeroed_on_failure, (PAGES - LEFT) as u64);
 }
 
 #[test]
