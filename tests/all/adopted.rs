@@ -3,6 +3,7 @@
 
 use crate::guests::{adopt, assert_shows, receive};
 use crate::machine::rounds;
+use crate::reads_at_once::{on_disk, one_worker};
 use crate::wrappers::Noted;
 use crate::{HANG, HugePages, PAGE, SIGKILL, pattern, reason, signal_of_lost_page, until};
 use nix::sys::socket::{SockFlag, SockType};
@@ -126,14 +127,64 @@ fn the_owner_of_adopted_memory_reads_the_bytes_of_the_chunks() {
     assert!((1000..1010).contains(&metrics.pages_installed()), "{metrics:?}");
 }
 
-/// A balloon discards pages while other virtual CPUs touch them. The bytes of the snapshot must
-/// never come back.
 #[test]
 fn a_discarded_page_of_adopted_memory_stays_zeros() {
-    let other = start_guest(this_test!(), |guest, _stream| {
+    let other = guest_with_a_balloon(this_test!(), 2);
+    let region = build(other.memory, &Pool::builder().workers(3).start().unwrap());
+    other.process.wait().expect_pass();
+    assert!(region.close().pages_zeroed >= 334);
+}
+
+/// A page is discarded while its read is in flight.
+#[test]
+fn a_discarded_page_of_adopted_memory_stays_zeros_among_reads_in_flight() {
+    let other = guest_with_a_balloon(this_test!(), 8);
+    let Some(file) = on_disk(this_test!(), &pattern(9, TOTAL)) else {
+        drop(other.stream);
+        return;
+    };
+    let builder = Region::builder().chunk(file).readahead(Readahead::None);
+    let region = builder.build_adopted(other.memory, &one_worker(1)).unwrap();
+    other.process.wait().expect_pass();
+    assert!(region.close().pages_zeroed >= 334);
+}
+
+/// The owner ends, or the region is dropped, while reads are in flight.
+#[test]
+fn reads_in_flight_end_with_adopted_memory() {
+    for is_killed in [true, false] {
+        let mut other = start_guest(this_test!(), |guest, stream| {
+            scope(|scope| {
+                for cpu in 0..8 {
+                    scope.spawn(move || {
+                        (cpu..TOTAL / PAGE).step_by(8).for_each(|page| _ = guest.read(page * PAGE))
+                    });
+                }
+                resume(&stream);
+            });
+        });
+        let Some(file) = on_disk(this_test!(), &pattern(9, TOTAL)) else { return };
+        let pool = one_worker(1);
+        let builder = Region::builder().chunk(file).readahead(Readahead::None);
+        let region = builder.build_adopted(other.memory, &pool).unwrap();
+        wait_for_peer(&other.stream);
+        until(|| region.metrics().pages_installed() > 100);
+        if is_killed {
+            other.process.kill();
+        }
+        let metrics = region.close();
+        assert!(metrics.pages_poisoned == 0 || !is_killed, "{metrics:?}");
+        drop(pool);
+    }
+}
+
+/// A guest that discards pages while `cpus` threads touch them. The bytes of the snapshot must never come
+/// back.
+fn guest_with_a_balloon(test: &str, cpus: usize) -> GuestProcess {
+    start_guest(test, move |guest, _stream| {
         let (expected, stop) = (pattern(9, TOTAL), AtomicBool::new(false));
         scope(|scope| {
-            for cpu in 0..2 {
+            for cpu in 0..cpus {
                 let (expected, stop) = (&expected, &stop);
                 scope.spawn(move || {
                     // A byte is the snapshot's or zero, and zero for good once it was zero.
@@ -160,10 +211,7 @@ fn a_discarded_page_of_adopted_memory_stays_zeros() {
                 .filter(|page| page % 3 == 1 && *page > 100)
                 .all(|page| guest.read(page * PAGE) != 0)
         );
-    });
-    let region = build(other.memory, &Pool::builder().workers(3).start().unwrap());
-    other.process.wait().expect_pass();
-    assert!(region.close().pages_zeroed >= 334);
+    })
 }
 
 /// A source that is read in units: a unit leaves out the pages that a balloon has taken, and ends

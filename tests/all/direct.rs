@@ -10,10 +10,13 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A file with these bytes, and its path; `None`, with a line that says so, where the file system cannot.
 pub(crate) fn direct(test: &str, bytes: &[u8]) -> Option<(Arc<FileSource>, PathBuf)> {
-    let path = std::env::temp_dir().join(format!("pagestitch-direct-{}-{}", process::id(), test.len()));
+    static FILES: AtomicU32 = AtomicU32::new(0);
+    let number = FILES.fetch_add(1, Ordering::Relaxed);
+    let path = std::env::temp_dir().join(format!("pagestitch-direct-{}-{number}", process::id()));
     fs::write(&path, bytes).unwrap();
     match FileSource::open(&path).unwrap().direct() {
         Ok(file) => Some((Arc::new(file), path)),

@@ -34,7 +34,7 @@ fn has_rings(test: &str) -> bool {
 }
 
 /// A file with these bytes on a disk, without a name; `None`, with a line that says so, where files are elsewhere.
-fn on_disk(test: &str, bytes: &[u8]) -> Option<Arc<FileSource>> {
+pub(crate) fn on_disk(test: &str, bytes: &[u8]) -> Option<Arc<FileSource>> {
     let (file, path) = direct(test, bytes)?;
     let is_on_disk = DirectFile::reopen(&File::open(&path).unwrap()).unwrap().is_on_disk();
     fs::remove_file(path).unwrap();
@@ -51,7 +51,7 @@ fn rings() -> usize {
     descriptors.filter(|link| *link == Path::new("anon_inode:[io_uring]")).count()
 }
 
-fn one_worker(most: usize) -> Pool {
+pub(crate) fn one_worker(most: usize) -> Pool {
     Pool::builder().workers(1).max_workers(most).start().unwrap()
 }
 
