@@ -96,6 +96,12 @@ use pagestitch_testkit::bytes::pattern;
 use std::ptr::NonNull;
 use waits::{HANG, SetOnDrop, comes_true, end_if_hung, is_readable, serve_until, until};
 
+/// Checks the number of faults of spawned threads. One more is allowed, because a futex that wakes its thread late
+/// ends a wait for a page too (`userfaultfd` in Linux waits once), and the thread faults again.
+fn assert_faults(seen: &pagestitch::Metrics, expected: u64) {
+    assert!((expected..=expected + 1).contains(&seen.faults), "{} faults, not {expected}", seen.faults);
+}
+
 /// Reads a byte through a raw pointer, past every borrow, as an application may.
 #[expect(unsafe_code, reason = "a defect of the application is part of the test")]
 fn touch(address: usize) -> u8 {
