@@ -99,7 +99,7 @@ use waits::{HANG, SetOnDrop, comes_true, end_if_hung, is_readable, serve_until, 
 /// Checks the number of faults of spawned threads. One more is allowed, because a futex that wakes its thread late
 /// ends a wait for a page too (`userfaultfd` in Linux waits once), and the thread faults again.
 fn assert_faults(seen: &pagestitch::Metrics, expected: u64) {
-    assert!((expected..=expected + 1).contains(&seen.faults), "{} faults, not {expected}", seen.faults);
+    assert!((expected..=expected + 1).contains(&seen.faults), "not {expected} faults: {seen:?}");
 }
 
 /// Reads a byte through a raw pointer, past every borrow, as an application may.
