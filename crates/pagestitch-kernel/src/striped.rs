@@ -78,12 +78,23 @@ fn control_block() -> usize {
     let address: usize;
     // SAFETY: the ABI of x86-64 has the address of the thread's control block at its start, where the
     // register fs points from the start of the thread on. The load changes nothing.
+    #[cfg(target_arch = "x86_64")]
     #[expect(unsafe_code, reason = "reads a register of the processor")]
     unsafe {
         std::arch::asm!("mov {}, fs:0", out(reg) address, options(pure, readonly, nostack, preserves_flags));
     }
+    // SAFETY: the ABI of AArch64 has the address of the thread's control block in this register, which each
+    // program may read. The read changes nothing.
+    #[cfg(target_arch = "aarch64")]
+    #[expect(unsafe_code, reason = "reads a register of the processor")]
+    unsafe {
+        std::arch::asm!("mrs {}, tpidr_el0", out(reg) address, options(pure, nomem, nostack, preserves_flags));
+    }
     address
 }
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+compile_error!("pagestitch is written for x86-64 and AArch64: see `control_block` for what another one needs");
 
 /// An address on the thread's stack, for model checkers, whose threads share a control block.
 #[cfg(any(miri, shuttle))]
