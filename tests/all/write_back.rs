@@ -1,15 +1,16 @@
 //! Write-back: written pages reach their sources by a flush or by the drop, and no error loses one.
 
+use crate::bounded_writes::moves_no_pages;
 use crate::changes::records_no_writes;
 use crate::machine::rounds;
-use crate::{PAGE, REPORTS, SetOnDrop, discard, pattern, touch};
+use crate::{PAGE, REPORTS, SetOnDrop, discard, pattern, touch, until};
 use nix::libc::{EIO, ENOSPC};
 use pagestitch::source::{WritableFile, WritableSource};
 use pagestitch::{
-    BuildOption, Chunk, Eager, ErrorKind, Pool, Readahead, Region, SharedRegion, Source, WriteBack,
+    Budget, BuildOption, Chunk, Eager, ErrorKind, Pool, Readahead, Region, SharedRegion, Source, WriteBack,
 };
 use pagestitch_kernel::Errno;
-use pagestitch_testkit::deny::deny_copies;
+use pagestitch_testkit::deny::{deny_copies, deny_syncs};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use proptest::prelude::*;
@@ -308,6 +309,82 @@ fn a_failed_sync_is_returned_by_each_later_flush_of_the_range() {
     }
 }
 
+/// A page that has left is in its source, and not synced: a failed sync of any other page may have lost it.
+#[test]
+fn a_failed_sync_is_returned_for_pages_that_have_left_too() {
+    if moves_no_pages() {
+        return println!("SKIPPED {}: no written page leaves", this_test!());
+    }
+    for chunks in [1, 2] {
+        let disk = Disk::of(&[1; 16 * PAGE]);
+        let bytes = 16 * PAGE as u64 / chunks;
+        let parts = (0..chunks)
+            .map(|part| Chunk::writable(Arc::clone(&disk)).range(part * bytes..(part + 1) * bytes));
+        let budget = Budget::bytes(8 << 20).unwrap();
+        let other = Disk::of(&[1; PAGE]);
+        let builder =
+            Region::builder().chunks(parts).chunk(Chunk::writable(Arc::clone(&other))).budget(&budget);
+        let region = builder.write_back(WriteBack::ToSource).build_shared(&Pool::new().unwrap()).unwrap();
+        for page in [2, 13, 16] {
+            region.write_at(at(page), b"new").unwrap();
+        }
+        assert_eq!(region.evict(at(13)..at(14)).unwrap(), PAGE as u64);
+        until(|| !disk.writes().is_empty());
+        disk.state().sync_fails = true;
+        assert_eq!(region.flush(at(2)..at(3)).unwrap_err().raw_os_error(), Some(EIO));
+        disk.state().sync_fails = false;
+        for page in [13, 2] {
+            let error = region.flush(at(page)..at(page + 1)).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(EIO), "page {page} of {chunks} chunks");
+        }
+        region.flush(at(16)..at(17)).unwrap();
+        assert_eq!(other.state().syncs, 1);
+        assert_eq!(region.finish().unwrap_err().raw_os_error(), Some(EIO));
+    }
+}
+
+/// The kernel tells one caller of a lost write, and any region of the file may have lost some.
+#[test]
+fn a_failed_sync_of_a_file_is_told_to_each_of_its_regions() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(8 * PAGE as u64).unwrap();
+    let file = Arc::new(WritableFile::open(file.path()).unwrap());
+    let regions = [0, 1].map(|_| written_back([Chunk::writable(Arc::clone(&file))]));
+    regions.iter().zip([1, 2]).for_each(|(region, page)| region.write_at(at(page), b"new").unwrap());
+    let failed = scope(|scope| {
+        let flush = || {
+            deny_syncs(Errno::EIO);
+            regions[0].flush(..).unwrap_err().raw_os_error()
+        };
+        scope.spawn(flush).join().unwrap()
+    });
+    assert_eq!(failed, Some(EIO));
+    assert_eq!(regions[1].flush(..).unwrap_err().raw_os_error(), Some(EIO));
+    assert!(WritableSource::sync(&*file).is_err());
+}
+
+#[test]
+fn a_source_of_several_chunks_is_synced_once() {
+    let disk = Disk::of(&[1; 8 * PAGE]);
+    let page = PAGE as u64;
+    let part = |part| Chunk::writable(Arc::clone(&disk)).range(part * page..(part + 1) * page);
+    let builder = || Region::builder().chunks((0..8).map(part)).write_back(WriteBack::ToSource);
+    let budget = Budget::bytes(8 << 20).unwrap();
+    for builder in [builder(), builder().budget(&budget)] {
+        let Ok(region) = builder.build_shared(&Pool::new().unwrap()) else {
+            println!("SKIPPED in part {}: no written page leaves, or no write is recorded", this_test!());
+            continue;
+        };
+        let before = disk.state().syncs;
+        (0..8).for_each(|page| region.write_at(at(page), b"new").unwrap());
+        region.flush(..).unwrap();
+        assert_eq!(disk.state().syncs, before + 1);
+    }
+}
+
 #[test]
 fn short_writes_are_gone_on_with() {
     if records_no_writes(this_test!()) {
@@ -432,7 +509,7 @@ fn a_kill_during_write_back_leaves_old_or_new_bytes_in_each_page() {
         File::create(&path).unwrap().set_len(at(KILLED_PAGES)).unwrap();
         let mut process = body.spawn(&path);
         // The file changes only by a write-back.
-        crate::until(|| fs::read(&path).unwrap()[0] > 1);
+        until(|| fs::read(&path).unwrap()[0] > 1);
         process.kill();
         process.wait();
         let bytes = fs::read(&path).unwrap();

@@ -94,7 +94,9 @@ fn control_block() -> usize {
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-compile_error!("pagestitch is written for x86-64 and AArch64: see `control_block` for what another one needs");
+compile_error!(
+    "pagestitch is written for x86-64 and AArch64: see `control_block` for what another one needs"
+);
 
 /// An address on the thread's stack, for model checkers, whose threads share a control block.
 #[cfg(any(miri, shuttle))]

@@ -90,6 +90,15 @@ pub fn deny_copies(errno: Errno) {
     deny(errno, &[(nix::libc::SYS_process_vm_readv, vec![]), (nix::libc::SYS_process_vm_writev, vec![])]);
 }
 
+/// Fails `fdatasync(2)` with `errno`, for this thread and all that it starts. The filter is permanent.
+///
+/// # Panics
+///
+/// If the kernel refuses the filter.
+pub fn deny_syncs(errno: Errno) {
+    deny(errno, &[(nix::libc::SYS_fdatasync, vec![])]);
+}
+
 fn deny(errno: Errno, rules: &[(i64, Vec<SeccompRule>)]) {
     apply_filter(&program(errno, rules)).expect("the kernel takes the filter");
 }

@@ -44,7 +44,8 @@ impl AnyRegion {
     /// [`ErrorKind::SourceFailed`](crate::ErrorKind::SourceFailed) names the first chunk whose source has
     /// failed, the offset in the source, and its error. The pages that were not written stay dirty: the
     /// next flush writes them. After a failed sync, written bytes may be lost: each later flush that
-    /// meets the range returns this error. [`ErrorKind::OptionConflict`](crate::ErrorKind::OptionConflict)
+    /// meets the range returns this error; with a budget, each later flush that meets one of the chunks
+    /// that had bytes to sync, because pages may have left at any time. [`ErrorKind::OptionConflict`](crate::ErrorKind::OptionConflict)
     /// unless the region is built [`write_back`](crate::Builder::write_back).
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the region.
     ///
@@ -75,21 +76,39 @@ impl AnyRegion {
             (None, Some(back)) => self.write_bounded(back, span, not_written),
             (None, None) => unreachable!("written pages are recorded if they go back"),
         };
-        for piece in sources {
+        for piece in distinct(sources) {
             let Err(error) = ask_writer(piece.backing.writer(), |writer| writer.sync()) else { continue };
             let failure = Arc::new(piece.failed(error));
             not_written(span, &Error::of_failure(self.name(), Arc::clone(&failure)));
-            // A caller that flushes the range again and again must not fill the memory.
-            if failed_syncs.iter().all(|(range, _)| *range != offsets) {
-                failed_syncs.push((offsets.clone(), failure));
+            failed_syncs.note(offsets.clone(), &failure);
+            if let Some(back) = self.served.written_back() {
+                self.lost_chunks(back, &piece, &offsets).for_each(|lost| failed_syncs.note(lost, &failure));
             }
         }
         first_error.map_or(Ok(()), Err)?;
-        let meets = |range: &Range<u64>| range.start < offsets.end && offsets.start < range.end;
-        match failed_syncs.iter().find(|(range, _)| meets(range)) {
-            Some((_, failure)) => Err(Error::of_failure(self.name(), Arc::clone(failure))),
+        match failed_syncs.find(&offsets) {
+            Some(failure) => Err(Error::of_failure(self.name(), Arc::clone(failure))),
             None => Ok(()),
         }
+    }
+
+    /// The chunks of a region with a budget of which a failed sync may have lost bytes: those of its source that
+    /// meet the flush, and those whose pages have left since the last sync, because no later sync tells of them.
+    fn lost_chunks(
+        &self,
+        back: &dyn WrittenBack,
+        failed: &Piece<'_>,
+        flushed: &Range<u64>,
+    ) -> impl Iterator<Item = Range<u64>> {
+        let mut end = 0;
+        self.served.layout.pieces(0..self.served.len()).filter_map(move |piece| {
+            let offsets = end..end + piece.bytes;
+            end = offsets.end;
+            let meets = offsets.start < flushed.end && flushed.start < offsets.end;
+            let is_lost =
+                ptr::eq(piece.backing, failed.backing) && (back.take_unsynced(piece.chunk) || meets);
+            is_lost.then_some(offsets)
+        })
     }
 
     /// The last flush, before the end of the region, with a caller that takes its error.
@@ -121,8 +140,8 @@ impl AnyRegion {
         }
     }
 
-    /// As [`write_dirty`](Self::write_dirty), for a region with a budget. The pieces are those of sources
-    /// that were written since their last sync, also by evictions.
+    /// As [`write_dirty`](Self::write_dirty), for a region with a budget. The sources are those that were written
+    /// since their last sync, also by evictions.
     fn write_bounded(
         &self,
         back: &dyn WrittenBack,
@@ -135,10 +154,13 @@ impl AnyRegion {
             not_written(page.span(), &error);
             first_error.get_or_insert(error);
         });
-        let pieces = self.served.layout.pieces(self.clipped(span));
-        let unsynced =
-            |piece: &Piece<'_>| piece.backing.writer().is_some() && back.take_unsynced(piece.chunk);
-        (pieces.filter(unsynced).collect(), first_error)
+        let mut sources = Vec::new();
+        for piece in self.served.layout.pieces(self.clipped(span)) {
+            if piece.backing.writer().is_some() && back.take_unsynced(piece.chunk) {
+                add_source(&mut sources, piece);
+            }
+        }
+        (sources, first_error)
     }
 
     /// Writes the dirty pages of a span; the pages of a run with an error stay dirty. Returns a piece of
@@ -184,9 +206,7 @@ impl AnyRegion {
                     ask_writer(piece.backing.writer(), |writer| write_all(writer, piece.offset, now));
                 let failed = answer.map_err(|error| Arc::new(piece.failed(error)));
                 failed.map_err(|failure| Error::of_failure(self.name(), failure))?;
-                if !sources.iter().any(|known: &Piece<'_>| ptr::eq(known.backing, piece.backing)) {
-                    sources.push(piece);
-                }
+                add_source(sources, piece);
             }
         }
         Ok(())
@@ -207,6 +227,21 @@ impl AnyRegion {
             refused(self, "written back", &range, errno)
         })
     }
+}
+
+/// Adds the source of a piece, unless it is that of the last one.
+fn add_source<'r>(sources: &mut Vec<Piece<'r>>, piece: Piece<'r>) {
+    if sources.last().is_none_or(|last| !ptr::eq(last.backing, piece.backing)) {
+        sources.push(piece);
+    }
+}
+
+/// The first piece of each source, in the order of the chunks.
+fn distinct(mut sources: Vec<Piece<'_>>) -> Vec<Piece<'_>> {
+    sources.sort_by_key(|piece| (ptr::from_ref(piece.backing), piece.chunk));
+    sources.dedup_by_key(|piece| ptr::from_ref(piece.backing));
+    sources.sort_by_key(|piece| piece.chunk);
+    sources
 }
 
 /// The most bytes of one write.

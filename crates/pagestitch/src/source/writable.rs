@@ -4,12 +4,14 @@ use super::contract::Source;
 use super::file::{self, read_exact};
 use crate::error::{Error, ErrorKind, FailureReason};
 use crate::guard::guarded;
+use nix::libc;
 use pagestitch_kernel::Access;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// A source that takes bytes back: written pages of a region that is built
@@ -77,7 +79,7 @@ pub trait WritableSource: Source {
     /// # Errors
     ///
     /// Bytes that were written may be lost. The region returns the error for each later flush of the
-    /// range.
+    /// range. A source of several regions tells each of them, because each may have lost some.
     fn sync(&self) -> io::Result<()>;
 }
 
@@ -119,6 +121,9 @@ pub(crate) fn write_all(source: &dyn WritableSource, offset: u64, bytes: &[u8]) 
 /// A file, memfd or block device that is read with `pread(2)` and written with `pwrite(2)`. It does
 /// not grow.
 ///
+/// A sync that fails makes all later ones fail, because the kernel tells of lost bytes once (`fsync(2)`), and any
+/// region that has the file may have written them. Open the file again, and see what it has.
+///
 /// ```
 /// use pagestitch::source::{UnsealedMemfd, WritableFile};
 /// use pagestitch::Chunk;
@@ -134,6 +139,8 @@ pub struct WritableFile {
     file: fs::File,
     size: u64,
     path: PathBuf,
+    /// The errno of the first sync that has failed; 0 for none.
+    failed_sync: AtomicI32,
 }
 
 impl WritableFile {
@@ -157,7 +164,7 @@ impl WritableFile {
     pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
         match file::check(&mut file, &path)? {
-            (size, Access::Writable) => Ok(Self { file, size, path }),
+            (size, Access::Writable) => Ok(Self { file, size, path, failed_sync: AtomicI32::new(0) }),
             _ => {
                 let what = format!("{} is open for reading only: open it for writing too", path.display());
                 Err(Error::new(ErrorKind::UnusableFile, what).at_path(&path))
@@ -200,7 +207,15 @@ impl WritableSource for WritableFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        if let Err(error) = self.file.sync_data() {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            // The first one stays.
+            let _ = self.failed_sync.compare_exchange(0, errno, Ordering::SeqCst, Ordering::SeqCst);
+        }
+        match self.failed_sync.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
     }
 }
 
