@@ -46,6 +46,7 @@ mod team;
 pub mod threads;
 pub mod touch;
 pub mod workloads;
+pub mod zipf;
 
 pub use measure::{median, timed, warm};
 

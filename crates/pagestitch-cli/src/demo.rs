@@ -31,7 +31,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE", default_value = "/proc/self/exe", hide_default_value = true)]
     file: PathBuf,
     /// Touch this share of the pages before the check of all bytes
-    #[arg(long, value_name = "ORDER[:SHARE]", default_value = "random:2%")]
+    #[arg(long, value_name = "ORDER[:SHARE]", default_value = "random:2%", value_parser = Touch::once)]
     touch: Touch,
     /// Decides the cuts in the file and the touched pages
     #[arg(long, allow_negative_numbers = true, default_value_t = 1, value_parser = number::any)]

@@ -50,9 +50,10 @@ pub(crate) struct Options {
     /// Print the method that installs each run of chunks, with its reason
     #[arg(long)]
     explain: bool,
-    /// Touch pages and print the latencies: sequential, random, or a share of them: random:10%. A
+    /// Touch pages and print the latencies: sequential, random, or a share of them: random:10%; or few
+    /// pages most of the time, by Zipf's law with this skew and so many touches: zipf:0.99:1000000. A
     /// file that is truncated meanwhile ends the command with SIGBUS
-    #[arg(long, value_name = "ORDER[:SHARE]")]
+    #[arg(long, value_name = "ORDER")]
     touch: Option<Touch>,
     /// Write the whole region to a file, which appears when it is complete, or to standard output
     /// with -
@@ -69,8 +70,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE", requires = "copy", conflicts_with = "record")]
     replay: Option<PathBuf>,
     /// Keep at most this many bytes of the region in memory: 512M. Pages leave, and are read again when
-    /// they are touched. Needs --copy, because mapped pages are page cache
-    #[arg(long, value_name = "BYTES", value_parser = memory, requires = "copy", conflicts_with = "record")]
+    /// they are touched. Copies pages, as --copy, because mapped pages are page cache
+    #[arg(long, value_name = "BYTES", value_parser = memory, conflicts_with = "record")]
     memory: Option<u64>,
     /// Draw a map of the region with its counters while it is touched, hashed or written
     #[arg(long, conflicts_with = "json")]
@@ -91,6 +92,8 @@ struct Summary {
     /// True if the build has filled all pages, without userfaultfd.
     is_eager: bool,
     latencies: Option<Histogram<u64>>,
+    /// True if pages were touched more than once.
+    touches_again: bool,
     sha256: Option<String>,
     plan: Option<Plan>,
     metrics: Metrics,
@@ -152,7 +155,19 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     let (chunks, is_eager) = (options.parts.len(), server.pool().is_none());
     // The close of the region frees the memory that the budget counts.
     let (budget, metrics) = (budget.map(|budget| budget.metrics()), region.close());
-    let summary = Summary { bytes, chunks, build_ns, is_eager, latencies, sha256, plan, metrics, budget };
+    let touches_again = matches!(options.touch, Some(Touch::Zipf { .. }));
+    let summary = Summary {
+        bytes,
+        chunks,
+        build_ns,
+        is_eager,
+        latencies,
+        touches_again,
+        sha256,
+        plan,
+        metrics,
+        budget,
+    };
     // Standard output may carry the bytes of the region.
     let mut out: Box<dyn Write> =
         if options.to_stdout() { Box::new(io::stderr()) } else { Box::new(stdout()) };
@@ -168,6 +183,11 @@ impl Options {
     /// True if pages are touched. A touch of a page that cannot be filled ends the process.
     pub(crate) const fn touches(&self) -> bool {
         self.touch.is_some()
+    }
+
+    /// True if each page is copied when it is touched.
+    const fn copies(&self) -> bool {
+        self.copy || self.memory.is_some()
     }
 
     /// True if standard output carries the bytes of the region.
@@ -214,7 +234,7 @@ fn build(
     for part in &options.parts {
         let chunk = match files.get(&part.path) {
             Some(chunk) => chunk.clone(),
-            None => files.entry(&part.path).or_insert(open(&part.path, options.copy)?).clone(),
+            None => files.entry(&part.path).or_insert(open(&part.path, options.copies())?).clone(),
         };
         check_end(part)?;
         builder = builder.chunk(match &part.range {
@@ -379,8 +399,12 @@ fn print(out: &mut dyn Write, summary: &Summary, counters: bool) -> io::Result<(
     }
     if let Some(latencies) = &summary.latencies {
         let at = |quantile| nanoseconds(latencies.value_at_quantile(quantile));
-        let (pages, max) = (count(latencies.len() as usize, "page"), nanoseconds(latencies.max()));
-        writeln!(out, "{pages} touched: p50 {}, p99 {}, max {max}", at(0.5), at(0.99))?;
+        let (number, max) = (latencies.len() as usize, nanoseconds(latencies.max()));
+        let touches = match summary.touches_again {
+            true => format!("{number} touches"),
+            false => format!("{} touched", count(number, "page")),
+        };
+        writeln!(out, "{touches}: p50 {}, p99 {}, max {max}", at(0.5), at(0.99))?;
     }
     if let Some(sha256) = &summary.sha256 {
         writeln!(out, "{sha256}  stitched")?;
@@ -417,10 +441,21 @@ fn print_counters(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
 }
 
 fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
-    let Summary { bytes, chunks, build_ns, is_eager, latencies, sha256, plan, metrics, budget } = summary;
+    let Summary {
+        bytes,
+        chunks,
+        build_ns,
+        is_eager,
+        latencies,
+        touches_again,
+        sha256,
+        plan,
+        metrics,
+        budget,
+    } = summary;
     let touch = latencies.as_ref().map(|latencies| {
         let at = |quantile| latencies.value_at_quantile(quantile);
-        json!({"pages": latencies.len(), "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max()})
+        json!({if *touches_again { "touches" } else { "pages" }: latencies.len(), "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max()})
     });
     let plan = plan.as_ref().map(|plan| {
         let run = |run: &pagestitch::PlanRun| {

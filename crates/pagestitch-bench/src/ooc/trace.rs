@@ -1,5 +1,6 @@
 //! The order in which pages are touched.
 
+use crate::zipf::Zipf;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -112,12 +113,10 @@ impl Draw {
         self.scanned
     }
 
-    /// A rank by the inverse of the continuous distribution, spread over all pages.
+    /// A rank, spread over all pages.
     fn zipf(&mut self) -> usize {
-        let flat = 1.0 - SKEW;
-        let most = (self.pages as f64 + 1.0).powf(flat);
-        let rank = (1.0 + self.random.f64() * (most - 1.0)).powf(1.0 / flat) as usize - 1;
-        rank.min(self.pages - 1).wrapping_mul(SPREAD) % self.pages
+        let rank = Zipf::new(self.pages as u64, SKEW).rank(self.random.f64()) as usize;
+        rank.wrapping_mul(SPREAD) % self.pages
     }
 }
 

@@ -129,7 +129,7 @@ fn a_region_within_a_limit_of_memory_has_the_same_hash() {
     )
     .unwrap();
     let told = |limit: &[&str]| {
-        let stitch = ["stitch", "long", "--copy", "--workers", "1", "--sha256", "--json"];
+        let stitch = ["stitch", "long", "--workers", "1", "--sha256", "--json"];
         let output = out(&pagestitch(directory.path(), &[&stitch, limit].concat()));
         serde_json::from_str::<Value>(&output).unwrap()
     };
@@ -148,7 +148,7 @@ fn a_region_within_a_limit_of_memory_has_the_same_hash() {
 fn evicted_pages_are_in_the_summary_and_on_the_map() {
     let directory = files();
     fs::write(directory.path().join("long"), vec![7; 12 << 20]).unwrap();
-    let stitch = ["stitch", "long", "--copy", "--workers", "1", "--memory", "5M"];
+    let stitch = ["stitch", "long", "--workers", "1", "--memory", "5M"];
     let said = out(&pagestitch(directory.path(), &[&stitch[..], &["--heatmap", "map.svg"]].concat()));
     let line = said.lines().find(|line| line.contains(" in memory at the end, ")).unwrap();
     for part in [" of them on standby; ", " evicted, ", " read again; threads waited ", " for memory"] {
@@ -334,6 +334,18 @@ fn explain_touch_and_json_print_plan_latencies_and_counters() {
 }
 
 #[test]
+fn zipf_touches_pages_again() {
+    let directory = files();
+    let touch = ["stitch", "a", "--copy", "--touch", "zipf:0.99:1000"];
+    let said = out(&pagestitch(directory.path(), &touch));
+    assert!(said.contains("\n1000 touches: p50 ") && said.contains("; 3 faults\n"), "{said}");
+    let json: Value =
+        serde_json::from_str(&out(&pagestitch(directory.path(), &[&["--json"], &touch[..]].concat())))
+            .unwrap();
+    assert_eq!(json["touch"]["touches"], 1000);
+}
+
+#[test]
 fn the_demo_checks_its_bytes_and_prints_counters() {
     let directory = files();
     let said = out(&pagestitch(directory.path(), &["demo"]));
@@ -447,6 +459,7 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
         (vec!["stitch", "a:1+0"], "the range '1+0' is empty"),
         (stitch(&["--touch", "backwards"]), "say sequential or random"),
         (stitch(&["--touch", "random:200%"]), "not a share"),
+        (stitch(&["--touch", "zipf:2"]), "not a skew from 0 to 10 and a number of touches"),
         (
             stitch(&["--workers", "many"]),
             "invalid value 'many' for '--workers <N>': say a number from 1 to 65535",
@@ -460,9 +473,8 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
         (stitch(&["--live", "-o", "-"]), "--live draws on standard output"),
         (stitch(&["--record", "new", "--touch", "random"]), "--copy"),
         (stitch(&["--record", "new", "--copy"]), "--touch"),
-        (stitch(&["--memory", "64M"]), "--copy"),
-        (stitch(&["--memory", "much", "--copy"]), "it is no number of bytes: write 4096"),
-        (stitch(&["--memory", "1", "--copy"]), "a budget of 1 byte is too small: give it "),
+        (stitch(&["--memory", "much"]), "it is no number of bytes: write 4096"),
+        (stitch(&["--memory", "1"]), "a budget of 1 byte is too small: give it "),
         (stitch(&["--seed", "x"]), "say a number from 0 to 18446744073709551615"),
         (stitch(&["-o", "./a"]), "the output ./a is the part a, which writing would destroy"),
         (stitch(&["--heatmap", "./a"]), "the map ./a is the part a, which writing would destroy"),
@@ -470,6 +482,7 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
         (stitch(&["--copy", "--replay", "c", "--heatmap", "c"]), "the map c is the recording c, which"),
         (stitch(&["--heatmap", "-"]), "the map cannot go to standard output: name a file, or ./-"),
         (vec!["demo", "--touch", "all"], "say sequential or random"),
+        (vec!["demo", "--touch", "zipf:0.99:10"], "zipf touches pages again"),
         (vec!["stress", "--seconds", "0"], "say a number from 1 to"),
         (vec!["stress", "--round", "1"], "--seed"),
         (vec!["bench", "--rounds", "0"], "say a number from 1 to"),
