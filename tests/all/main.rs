@@ -9,6 +9,7 @@ mod bounded;
 mod bounded_corners;
 mod bounded_writes;
 mod changes;
+mod changes_written_back;
 mod children;
 mod chunks;
 mod conformance;

@@ -472,8 +472,6 @@ fn a_region_that_cannot_write_back_is_refused() {
             (ErrorKind::OptionConflict, option, Some(1))
         );
     }
-    let error = builder().chunk(disk()).track_changes().build(&pool).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::OptionConflict);
     let error = builder().chunk(disk()).build(Eager).unwrap_err();
     assert_eq!((error.kind(), error.option()), (ErrorKind::UnsuitableServer, option));
     let plain = Region::builder().chunk(disk()).writable().build(&pool).unwrap();

@@ -1,11 +1,10 @@
 //! The texts of errors, with the names of C: `pagestitch` names the calls and options of Rust.
 
 /// Phrases with names that C lacks, or that need other words in C. Earlier ones come first.
-const PHRASES: [(&str, &str); 18] = [
-    ("add write_back(), or leave out writable() or budget()", "leave out writable() or budget()"),
+const PHRASES: [(&str, &str); 17] = [
+    ("add write_back(), or leave out", "leave out"),
     ("track_changes() and write_back()", "track_changes()"),
     ("track_changes(), write_back() or", "track_changes() or"),
-    ("track_changes() or write_back()", "track_changes()"),
     ("write_back() or budget()", "budget()"),
     ("map it copy_on_write(), copy it, or", "copy it by ps_add_file() or ps_add_memory(), or"),
     (

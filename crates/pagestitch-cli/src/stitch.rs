@@ -91,9 +91,7 @@ struct Summary {
     build_ns: u64,
     /// True if the build has filled all pages, without userfaultfd.
     is_eager: bool,
-    latencies: Option<Histogram<u64>>,
-    /// True if pages were touched more than once.
-    touches_again: bool,
+    latencies: Option<Latencies>,
     sha256: Option<String>,
     plan: Option<Plan>,
     metrics: Metrics,
@@ -155,19 +153,7 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     let (chunks, is_eager) = (options.parts.len(), server.pool().is_none());
     // The close of the region frees the memory that the budget counts.
     let (budget, metrics) = (budget.map(|budget| budget.metrics()), region.close());
-    let touches_again = matches!(options.touch, Some(Touch::Zipf { .. }));
-    let summary = Summary {
-        bytes,
-        chunks,
-        build_ns,
-        is_eager,
-        latencies,
-        touches_again,
-        sha256,
-        plan,
-        metrics,
-        budget,
-    };
+    let summary = Summary { bytes, chunks, build_ns, is_eager, latencies, sha256, plan, metrics, budget };
     // Standard output may carry the bytes of the region.
     let mut out: Box<dyn Write> =
         if options.to_stdout() { Box::new(io::stderr()) } else { Box::new(stdout()) };
@@ -196,13 +182,22 @@ impl Options {
     }
 }
 
+/// The durations of touches, in nanoseconds.
+struct Latencies {
+    each: Histogram<u64>,
+    /// True if pages were touched more than once.
+    again: bool,
+}
+
 /// Touches pages, and times each touch.
-fn touch_pages(region: &SharedRegion, touch: Touch, seed: u64, hidden: bool) -> Histogram<u64> {
+fn touch_pages(region: &SharedRegion, touch: Touch, seed: u64, hidden: bool) -> Latencies {
     let page = pagestitch::Support::current().page_size().bytes();
     let offsets = touch.offsets(region.len(), page, seed);
     let total = offsets.size_hint().0 * page;
     let mut progress = Progress::new("touching", total as u64, hidden);
-    touches(offsets.inspect(|_| progress.advance(page as u64)), |offset| region.view().touch(offset))
+    let offsets = offsets.inspect(|_| progress.advance(page as u64));
+    let each = touches(offsets, |offset| region.view().touch(offset));
+    Latencies { each, again: matches!(touch, Touch::Zipf { .. }) }
 }
 
 /// Parses a part. A malformed range is a wrong argument.
@@ -397,10 +392,10 @@ fn print(out: &mut dyn Write, summary: &Summary, counters: bool) -> io::Result<(
     if counters {
         print_counters(out, summary)?;
     }
-    if let Some(latencies) = &summary.latencies {
+    if let Some(Latencies { each: latencies, again }) = &summary.latencies {
         let at = |quantile| nanoseconds(latencies.value_at_quantile(quantile));
         let (number, max) = (latencies.len() as usize, nanoseconds(latencies.max()));
-        let touches = match summary.touches_again {
+        let touches = match again {
             true => format!("{number} touches"),
             false => format!("{} touched", count(number, "page")),
         };
@@ -441,21 +436,10 @@ fn print_counters(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
 }
 
 fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
-    let Summary {
-        bytes,
-        chunks,
-        build_ns,
-        is_eager,
-        latencies,
-        touches_again,
-        sha256,
-        plan,
-        metrics,
-        budget,
-    } = summary;
-    let touch = latencies.as_ref().map(|latencies| {
+    let Summary { bytes, chunks, build_ns, is_eager, latencies, sha256, plan, metrics, budget } = summary;
+    let touch = latencies.as_ref().map(|Latencies { each: latencies, again }| {
         let at = |quantile| latencies.value_at_quantile(quantile);
-        json!({if *touches_again { "touches" } else { "pages" }: latencies.len(), "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max()})
+        json!({if *again { "touches" } else { "pages" }: latencies.len(), "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max()})
     });
     let plan = plan.as_ref().map(|plan| {
         let run = |run: &pagestitch::PlanRun| {

@@ -96,8 +96,8 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
     let demands = options.demands(matches!(target, TargetKind::Adopted(_)));
     server.inner().check(&demands)?;
     reserve_on_memfd::check(options, layout, &demands)?;
-    if let Some(used_for) = options.serve_options.record_of_writes {
-        check_tracked(layout, used_for, options.budget.as_ref())?;
+    if let Some(option) = options.serve_options.record_of_writes.option() {
+        check_tracked(layout, option, options.budget.as_ref())?;
     }
     if let Some(budget) = &options.budget {
         check_budget(budget, layout, (options, server))?;
@@ -107,9 +107,9 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
 }
 
 /// Refuses chunks and kernels whose writes are not recorded.
-fn check_tracked(layout: &Layout, used_for: RecordFor, budget: Option<&Budget>) -> Result<(), Error> {
-    let refused = |kind, what: &str| Err(Error::new(kind, what).of_option(used_for.option()));
-    let unwritable = (used_for == RecordFor::WriteBack).then(|| layout.first_unwritable()).flatten();
+fn check_tracked(layout: &Layout, option: BuildOption, budget: Option<&Budget>) -> Result<(), Error> {
+    let refused = |kind, what: &str| Err(Error::new(kind, what).of_option(option));
+    let unwritable = (option == BuildOption::WriteBack).then(|| layout.first_unwritable()).flatten();
     if let Some((chunk, source)) = unwritable {
         let what = format!(
             "chunk {chunk} ({source}) takes no written pages back: make it with Chunk::writable(), or leave out write_back()"
@@ -118,8 +118,7 @@ fn check_tracked(layout: &Layout, used_for: RecordFor, budget: Option<&Budget>) 
     }
     if let Some((chunk, source)) = layout.first_written_by_others() {
         let what = format!(
-            "chunk {chunk} ({source}) is memory that others write to, and their writes are not recorded: map it copy_on_write(), copy it, or leave out {}()",
-            used_for.option()
+            "chunk {chunk} ({source}) is memory that others write to, and their writes are not recorded: map it copy_on_write(), copy it, or leave out {option}()"
         );
         return refused(ErrorKind::OptionConflict, &what).map_err(|error| error.of_chunk(chunk));
     }
@@ -211,7 +210,7 @@ fn prepare_own(
     (below, server): (Below, &Server),
 ) -> Result<PreparedTarget, Error> {
     // Forked children are found through the userfaultfd.
-    let tracked = options.serve_options.record_of_writes.is_some();
+    let tracked = options.serve_options.record_of_writes.any();
     if !options.inherit_on_fork && !tracked && options.capacity.is_none() && !options.on_memfd {
         if let Some(prepared) = prepare_fault_free(name, layout, options)? {
             return Ok(prepared);
@@ -279,9 +278,11 @@ fn join(
     if staged.is_err() {
         reservation.use_small_pages();
     }
+    let uses = options.serve_options.record_of_writes;
     let evicted = Evicted {
         in_handlers: server.inner().is_in_handler(),
-        written_back: options.serve_options.record_of_writes.is_some(),
+        written_back: uses.has(RecordFor::WriteBack),
+        tracks_changes: uses.has(RecordFor::Changes),
     };
     budget.join(evictable(reservation), layout, (options.slices, evicted, staged.is_ok())).map(Some)
 }
@@ -395,7 +396,6 @@ fn finish(
         release_sources: _,
         budget: _,
         slices: _,
-        two_records: _,
         capacity,
         on_memfd: _,
         align,
@@ -480,7 +480,7 @@ fn stages(options: &Options, layout: &Layout, bytes: usize, features: Features) 
     if options.on_memfd {
         return Err("the region is built on_memfd(): the kernel moves private pages only");
     }
-    if options.serve_options.record_of_writes.is_some() {
+    if options.serve_options.record_of_writes.any() {
         return Err("changes are tracked, and a page that moves in has no record of its writes");
     }
     match bytes {
@@ -619,7 +619,7 @@ fn stand_in(name: &str) -> Result<Shards, Error> {
 
 /// True if the region has donated pages that move on first touch.
 fn moves_in(options: &Options, layout: &Layout, features: Features) -> bool {
-    let copies = options.serve_options.record_of_writes.is_some() || options.on_memfd;
+    let copies = options.serve_options.record_of_writes.any() || options.on_memfd;
     layout.has_donated() && !options.inherit_on_fork && !copies && can_move(features)
 }
 

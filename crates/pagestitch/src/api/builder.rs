@@ -542,6 +542,8 @@ impl<S> Builder<S> {
     /// * **Server**: a [`Pool`](crate::Pool), a [`Manual`](crate::Manual) or [`Inline`](crate::Inline), not
     ///   [`Eager`](crate::Eager). Not for adopted memory, and not with
     ///   [`inherit_on_fork`](Self::inherit_on_fork). The region is [`writable`](Self::writable).
+    /// * **With a [budget](Self::budget)** the region is built [`write_back`](Self::write_back) too, and faults
+    ///   tell the first write to a page, so that the kernel keeps no record.
     /// * Requires Linux 6.7, or 6.10 on arm64. Takes one more descriptor.
     ///
     /// ```
@@ -560,7 +562,7 @@ impl<S> Builder<S> {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn track_changes(mut self) -> Self {
-        self.options.record_writes(RecordFor::Changes);
+        self.options.serve_options.record_of_writes.add(RecordFor::Changes);
         self
     }
 
@@ -571,8 +573,8 @@ impl<S> Builder<S> {
     /// program that ends without them loses its writes. End the region by
     /// [`finish`](crate::SharedRegion::finish), which returns the error of the last flush.
     ///
-    /// The costs, the servers and the kernel are those of [`track_changes`](Self::track_changes), which
-    /// excludes this option: each written page is found once.
+    /// The costs, the servers and the kernel are those of [`track_changes`](Self::track_changes), which may be
+    /// asked for beside it: a flush and [`changes`](crate::AnyRegion::changes) each find every written page.
     ///
     /// ```
     /// # use pagestitch::source::{UnsealedMemfd, WritableFile};
@@ -597,7 +599,7 @@ impl<S> Builder<S> {
     pub fn write_back(mut self, to: WriteBack) -> Self {
         let WriteBack::ToSource = to;
         self.options.access = Access::Writable;
-        self.options.record_writes(RecordFor::WriteBack);
+        self.options.serve_options.record_of_writes.add(RecordFor::WriteBack);
         self
     }
 
@@ -622,9 +624,9 @@ impl<S> Builder<S> {
     /// * **Written pages** go back to their sources when they leave, if the region is built
     ///   [`write_back`](Self::write_back) and [`build_shared`](Self::build_shared): [`Budget`] tells how. Other
     ///   [`writable`](Self::writable) regions are refused.
-    /// * Not for donated pages and adopted memory; and not with [`track_changes`](Self::track_changes),
-    ///   [`capacity`](Self::capacity), [`on_memfd`](Self::on_memfd), [`inherit_on_fork`](Self::inherit_on_fork),
-    ///   [`record`](Self::record), [`release_sources`](Self::release_sources) and [`report_discards`](Self::report_discards).
+    /// * Not for donated pages and adopted memory; and not with [`capacity`](Self::capacity),
+    ///   [`on_memfd`](Self::on_memfd), [`inherit_on_fork`](Self::inherit_on_fork), [`record`](Self::record),
+    ///   [`release_sources`](Self::release_sources) and [`report_discards`](Self::report_discards).
     ///
     /// A second call replaces the budget of the first.
     ///

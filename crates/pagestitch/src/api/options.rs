@@ -29,8 +29,6 @@ pub(super) struct Options {
     pub(super) budget: Option<Budget>,
     /// True if the region gives out slices, so that a page never comes back with other bytes.
     pub(super) slices: bool,
-    /// True if the user has asked for two uses of the record of written pages.
-    pub(super) two_records: bool,
     /// The most bytes of a region that grows.
     pub(super) capacity: Option<u64>,
     /// True if the pages are those of a memfd.
@@ -56,7 +54,6 @@ impl Default for Options {
             release_sources: None,
             budget: None,
             slices: false,
-            two_records: false,
             capacity: None,
             on_memfd: false,
             align: 1,
@@ -70,12 +67,6 @@ impl Options {
 
     pub(super) fn name(&self) -> &str {
         self.name.as_deref().unwrap_or(Self::UNNAMED)
-    }
-
-    /// Asks for a record of written pages.
-    pub(super) fn record_writes(&mut self, used_for: RecordFor) {
-        let before = self.serve_options.record_of_writes.replace(used_for);
-        self.two_records |= before.is_some_and(|before| before != used_for);
     }
 
     /// The memory that the region releases when it has all of its bytes. If the user has not chosen, these
@@ -126,10 +117,7 @@ impl Options {
             shards: self.has_shards(),
             report_discards: matches!(self.report_discards, Some(true)),
             timed: *record_latency,
-            tracked: match record_of_writes {
-                Some(used_for) => Some(used_for.option()),
-                None => None,
-            },
+            tracked: record_of_writes.option(),
             growth: self.capacity.is_some(),
             on_memfd: self.on_memfd,
         }
@@ -171,7 +159,7 @@ impl Options {
                 "a recording is of a region of one length: leave out record(), replay() or capacity()",
             ),
             (
-                grows && record_of_writes.is_some(),
+                grows && record_of_writes.any(),
                 BuildOption::TrackChanges,
                 "the record of written pages is of one length: leave out track_changes(), write_back() or capacity()",
             ),
@@ -220,7 +208,7 @@ impl Options {
 
     /// Refuses options that exclude a record of written pages.
     fn check_tracked(&self, adopted: bool) -> Result<(), Error> {
-        let Some(option) = self.serve_options.record_of_writes.map(RecordFor::option) else { return Ok(()) };
+        let Some(option) = self.serve_options.record_of_writes.option() else { return Ok(()) };
         refuse_first([
             (
                 adopted,
@@ -237,24 +225,20 @@ impl Options {
                 option,
                 "forked children write to pages of their own: leave out inherit_on_fork(), or track_changes() and write_back()",
             ),
-            (
-                self.two_records,
-                option,
-                "each written page is found once, by changes() or by flush(): leave out track_changes() or write_back()",
-            ),
         ])
     }
 
     /// Refuses options that exclude a budget.
     fn check_budget(&self) -> Result<(), Error> {
+        let uses = self.serve_options.record_of_writes;
         refuse_first([
             (
-                self.serve_options.record_of_writes == Some(RecordFor::Changes),
+                uses.has(RecordFor::Changes) && !uses.has(RecordFor::WriteBack),
                 BuildOption::Budget,
-                "the record of changes ends when a page leaves: leave out track_changes() or budget()",
+                "a written page would be lost when it leaves, because nothing writes it back: add write_back(), or leave out track_changes() or budget()",
             ),
             (
-                self.access == Access::Writable && self.serve_options.record_of_writes.is_none(),
+                self.access == Access::Writable && !uses.any(),
                 BuildOption::Budget,
                 "a written page would be lost when it leaves, because nothing writes it back: add write_back(), or leave out writable() or budget()",
             ),

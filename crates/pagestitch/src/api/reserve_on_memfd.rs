@@ -38,7 +38,7 @@ fn check_options(options: &Options, adopted: bool) -> Result<(), Error> {
             "a page that leaves a memfd is zeros for the other processes, and their writes to it are lost: leave out budget() or on_memfd()",
         ),
         (
-            options.serve_options.record_of_writes == Some(RecordFor::WriteBack),
+            options.serve_options.record_of_writes.has(RecordFor::WriteBack),
             BuildOption::WriteBack,
             "writes of other processes have no record, and would not go back: leave out write_back() or on_memfd()",
         ),

@@ -139,16 +139,16 @@ fn features(layout: &Layout, options: &Options, server: &Server) -> Features {
     if layout.has_lazy() {
         wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;
     }
-    match (options.serve_options.record_of_writes, &options.budget) {
+    match (options.serve_options.record_of_writes.any(), &options.budget) {
         // Faults tell the first write to a page.
-        (Some(_), Some(_)) => wanted = wanted | Features::WRITE_PROTECT,
-        (Some(_), None) => {
+        (true, Some(_)) => wanted = wanted | Features::WRITE_PROTECT,
+        (true, None) => {
             wanted = wanted
                 | Features::WRITE_PROTECT
                 | Features::WRITE_PROTECT_UNPOPULATED
                 | Features::WRITE_PROTECT_ASYNC;
         }
-        (None, _) => {}
+        (false, _) => {}
     }
     wanted
 }

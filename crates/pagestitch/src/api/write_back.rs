@@ -174,9 +174,9 @@ impl AnyRegion {
         let (mut sources, mut first_error) = (Vec::new(), None);
         let mut buffer = vec![0; WRITTEN_AT_ONCE.min(self.len())];
         // The pages are armed again before their bytes are read, so that a later write is found.
-        for run in self.take_written(written, span)? {
+        for run in self.take_written(written, RecordFor::WriteBack, span)? {
             if let Err(error) = self.write_run(run, &mut buffer, &mut sources) {
-                written.give_back(&[run]);
+                written.give_back(RecordFor::WriteBack, &[run]);
                 not_written(run, &error);
                 first_error.get_or_insert(error);
             }

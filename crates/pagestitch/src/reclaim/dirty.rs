@@ -21,9 +21,13 @@
 //! A page becomes clean only by a move, because a move fails while a device has the page pinned: such a
 //! page can change without a fault.
 //!
+//! An application that asks for changes is told of each page that is dirty, or was so since its last question.
+//! A dirty page is told again and again, because its further writes are no faults.
+//!
 //! Two writes of one page must not overtake each other. So a page whose bytes are being written keeps its
 //! place: it does not leave its region, and no other thread writes it.
 
+use crate::space::ChangedPages;
 use pagestitch_kernel::arena::{Arena, ArenaError};
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -46,6 +50,9 @@ pub(super) struct DirtyPages {
     ///
     /// Invariant: set with the claim of the page, by the thread that clears it.
     pub(super) writing: Bits,
+    /// Pages that were dirty, and are no longer, since the application has last asked for changes. `None` in a
+    /// region that it does not ask.
+    cleaned: Option<Bits>,
     /// Chunks, by their numbers, whose sources have bytes that are not synced.
     pub(super) unsynced: Bits,
     /// The pages of a flush, while it copies them. Locked by each flush.
@@ -57,13 +64,19 @@ pub(super) struct DirtyPages {
 
 impl DirtyPages {
     /// For a region of `pages` pages and `chunks` chunks, of which a flush copies `at_once` pages at once.
-    pub(super) fn new(pages: usize, chunks: usize, at_once: usize) -> Result<Self, ArenaError> {
+    pub(super) fn new(
+        pages: usize,
+        chunks: usize,
+        at_once: usize,
+        tracks_changes: bool,
+    ) -> Result<Self, ArenaError> {
         let bits = |len| Bits::new(len).map_err(ArenaError::Refused);
         let at_once = NonZeroUsize::new(at_once).expect("a flush copies pages");
         Ok(Self {
             dirty: bits(pages)?,
             count: AtomicUsize::new(0),
             writing: bits(pages)?,
+            cleaned: tracks_changes.then(|| bits(pages)).transpose()?,
             unsynced: bits(chunks)?,
             snapshots: Mutex::new(Arena::new(at_once)?),
             backoff: Backoff::new(),
@@ -89,6 +102,10 @@ impl DirtyPages {
 
     /// The caller has the claim of the page, and no thread can write to it. Returns whether it was dirty.
     pub(super) fn unmark(&self, page: Page) -> bool {
+        if let Some(cleaned) = self.cleaned.as_ref().filter(|_| self.is_dirty(page)) {
+            // Before the other mark ends, because a page with neither has not changed.
+            cleaned.set(page.0);
+        }
         let was_dirty = self.dirty.clear(page.0);
         self.count.fetch_sub(usize::from(was_dirty), Ordering::Relaxed);
         was_dirty
@@ -125,6 +142,48 @@ impl DirtyPages {
     }
 }
 
+impl DirtyPages {
+    /// The record of changes, if the region keeps one.
+    pub(super) fn changed_pages(&self) -> Option<&dyn ChangedPages> {
+        self.cleaned.as_ref().map(|_| self as &dyn ChangedPages)
+    }
+}
+
+impl ChangedPages for DirtyPages {
+    fn take(&self) -> Vec<Span> {
+        let Some(cleaned) = &self.cleaned else { return Vec::new() };
+        let mut runs: Vec<Span> = Vec::new();
+        for word in 0..cleaned.words() {
+            // In this order, because a page that is cleaned in between is found by the second look.
+            let dirty = self.dirty.word(word);
+            for run in runs_of(word, dirty | cleaned.take_word(word)) {
+                match runs.last_mut().filter(|last| last.end() == run.first) {
+                    Some(last) => last.pages += run.pages,
+                    None => runs.push(run),
+                }
+            }
+        }
+        runs
+    }
+
+    fn give_back(&self, spans: &[Span]) {
+        let Some(cleaned) = &self.cleaned else { return };
+        for page in spans.iter().flat_map(|span| span.iter()) {
+            cleaned.set(page.0);
+        }
+    }
+}
+
+/// The runs of set bits in a word.
+fn runs_of(word: usize, mut bits: u64) -> impl Iterator<Item = Span> {
+    std::iter::from_fn(move || {
+        let first = bits.trailing_zeros();
+        let pages = bits.checked_shr(first)?.trailing_ones();
+        bits &= u64::MAX.checked_shl(first + pages).unwrap_or(0);
+        Some(Span { first: Page(word * WORD + first as usize), pages: pages as usize })
+    })
+}
+
 /// A bit for each of many things. Memory is taken only where bits are touched.
 #[derive(Debug)]
 pub(super) struct Bits(AtomicTable);
@@ -147,6 +206,23 @@ impl Bits {
     /// Clears a bit, and returns it as it was.
     pub(super) fn clear(&self, at: usize) -> bool {
         self.get(at) && self.0[at / WORD].fetch_and(!bit(at), Ordering::SeqCst) & bit(at) != 0
+    }
+
+    /// The number of words.
+    fn words(&self) -> usize {
+        self.0.len()
+    }
+
+    fn word(&self, word: usize) -> u64 {
+        self.0[word].load(Ordering::SeqCst)
+    }
+
+    /// Clears the bits of a word, and returns them as they were.
+    fn take_word(&self, word: usize) -> u64 {
+        match self.word(word) {
+            0 => 0,
+            _ => self.0[word].swap(0, Ordering::SeqCst),
+        }
     }
 
     /// The first set bit from `first` on, before `end`.

@@ -8,7 +8,7 @@ use crate::reclaim::places::{Place, Places};
 use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, PATIENCE, block_key, count, key_of, member_of};
 use crate::signals::NoSignals;
 use crate::space::page_table::{Claim, Wake};
-use crate::space::{LeftPages, Mapping, Prepared, Residence, WrittenBack};
+use crate::space::{ChangedPages, LeftPages, Mapping, Prepared, Residence, WrittenBack};
 use pagestitch_kernel::arena::ArenaError;
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{AddressRange, Errno, Evictable, Page, Span, Uffd};
@@ -61,6 +61,8 @@ pub(crate) struct Evicted {
     pub(crate) in_handlers: bool,
     /// Written pages go back to their sources, of which some run code that no signal handler may run.
     pub(crate) written_back: bool,
+    /// The application asks which pages were written.
+    pub(crate) tracks_changes: bool,
 }
 
 /// The reason why a region cannot join a budget.
@@ -99,7 +101,8 @@ impl Share {
         let (page, pages) = (evictable.reservation().page_size(), evictable.reservation().pages());
         let places = Places::new(pages).map(Arc::new).map_err(JoinError::NoTable)?;
         let pins = Pins::new(pages).map_err(JoinError::NoTable)?;
-        let dirty = evicted.written_back.then(|| DirtyPages::new(pages, chunks, BATCH));
+        let dirty =
+            evicted.written_back.then(|| DirtyPages::new(pages, chunks, BATCH, evicted.tracks_changes));
         let dirty = dirty.transpose().map_err(JoinError::NoMoves)?;
         let table_pages = table_pages(&hashed, page);
         let fingerprints = (!hashed.is_empty()).then(|| Fingerprints::new(hashed, page));
@@ -343,6 +346,10 @@ impl WrittenBack for Membership {
 
     fn end(&self) {
         self.0.dirty.iter().for_each(DirtyPages::end);
+    }
+
+    fn changed(&self) -> Option<&dyn ChangedPages> {
+        self.0.dirty.as_ref()?.changed_pages()
     }
 
     fn take_unsynced(&self, chunk: usize) -> bool {

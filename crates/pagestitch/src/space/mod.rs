@@ -63,7 +63,7 @@ pub(crate) use layout::{Layout, LayoutBuilder, Piece};
 pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
 pub(crate) use release::Releases;
-pub(crate) use residence::{LeftPages, Prepared, Residence, WrittenBack};
+pub(crate) use residence::{ChangedPages, LeftPages, Prepared, Residence, WrittenBack};
 pub(crate) use shards::Shards;
 #[cfg(all(test, shuttle))]
 pub(crate) use shared_uffd::Readers;
@@ -72,7 +72,7 @@ pub(crate) use source_kinds::SourceKinds;
 pub(crate) use spare_uffds::SpareUffds;
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
-pub(crate) use written::{RecordFor, WrittenPages};
+pub(crate) use written::{RecordFor, RecordUses, WrittenPages};
 
 use crate::method::PlanReason;
 use crate::metrics::{Counters, Coverage, Presence};
@@ -186,8 +186,8 @@ pub(crate) struct ServeOptions {
     pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
     pub(crate) reporter: Option<FailureCallback>,
-    /// The use of the kernel's record of written pages, if it keeps one.
-    pub(crate) record_of_writes: Option<RecordFor>,
+    /// The uses of the record of written pages.
+    pub(crate) record_of_writes: RecordUses,
 }
 
 /// The tables with an entry for each page.
@@ -203,10 +203,10 @@ impl PageTables {
     pub(crate) fn new(pages: usize, serve_options: &ServeOptions, has_budget: bool) -> Result<Self, Errno> {
         let pages = NonZeroUsize::new(pages).expect("a region has pages");
         let recorder = serve_options.record.then(|| TouchRecorder::new(pages)).transpose()?;
-        let record_for = serve_options.record_of_writes;
-        let written = record_for.filter(|_| !has_budget).map(|used_for| WrittenPages::new(pages, used_for));
+        let uses = serve_options.record_of_writes;
+        let written = (uses.any() && !has_budget).then(|| WrittenPages::new(pages, uses));
         let written = written.transpose()?.map(Box::new);
-        let flushes = (record_for == Some(RecordFor::WriteBack)).then(Box::default);
+        let flushes = uses.has(RecordFor::WriteBack).then(Box::default);
         Ok(Self { pages: Arc::new(PageTable::new(pages)?), recorder, written, flushes })
     }
 }

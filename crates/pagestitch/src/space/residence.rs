@@ -113,8 +113,21 @@ pub(crate) trait WrittenBack {
     /// The next flush is the last one, and the region ends after it.
     fn end(&self);
 
+    /// The record of changes, if the region keeps one.
+    fn changed(&self) -> Option<&dyn ChangedPages>;
+
     /// True if the source of a chunk, by its number, was written since the last call.
     fn take_unsynced(&self, chunk: usize) -> bool;
+}
+
+/// The record of the changes to a region with a budget.
+pub(crate) trait ChangedPages {
+    /// The pages that were written since the last call, ascending, as runs that do not touch. A page is found
+    /// again and again until it goes back to its source.
+    fn take(&self) -> Vec<Span>;
+
+    /// Has the next call find pages again.
+    fn give_back(&self, spans: &[Span]);
 }
 
 /// The next step for the first pages of a claim.

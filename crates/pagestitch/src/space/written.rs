@@ -7,6 +7,8 @@
 //! calls run [`beside_scans`](WrittenPages::beside_scans). Pages arrive by a copy only, because a move
 //! and the zero page have no marker.
 //!
+//! A scan ends the record for all uses. What the scan of one use finds is kept for the others.
+//!
 //! A discard (`MADV_DONTNEED`) is a change too, once a written page was reported: the page has the
 //! bytes of its source again. The kernel has no marker of an absent page, so this table remembers the
 //! reported pages. One that is found absent is reported again. One that was filled again arrives
@@ -20,10 +22,11 @@ use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::page_scan::PageScan;
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
 use parking_lot::Mutex;
+use std::mem;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
-/// The use of a record of written pages. Each written page is found once, so there is one use.
+/// A use of the record of written pages. Each use finds each written page once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RecordFor {
     /// The caller asks which pages have changed.
@@ -43,10 +46,47 @@ impl RecordFor {
     }
 }
 
+/// The uses of a region's record.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct RecordUses {
+    changes: bool,
+    write_back: bool,
+}
+
+impl RecordUses {
+    pub(crate) const fn add(&mut self, used_for: RecordFor) {
+        match used_for {
+            RecordFor::Changes => self.changes = true,
+            RecordFor::WriteBack => self.write_back = true,
+        }
+    }
+
+    pub(crate) const fn has(self, used_for: RecordFor) -> bool {
+        match used_for {
+            RecordFor::Changes => self.changes,
+            RecordFor::WriteBack => self.write_back,
+        }
+    }
+
+    /// True if there is a use.
+    pub(crate) const fn any(self) -> bool {
+        self.changes || self.write_back
+    }
+
+    /// The option that asks for the record, for errors about it.
+    pub(crate) const fn option(self) -> Option<BuildOption> {
+        match self {
+            Self { write_back: true, .. } => Some(RecordFor::WriteBack.option()),
+            Self { changes: true, .. } => Some(RecordFor::Changes.option()),
+            Self { changes: false, write_back: false } => None,
+        }
+    }
+}
+
 /// Finds the written pages of a region.
 #[derive(Debug)]
 pub(crate) struct WrittenPages {
-    pub(crate) used_for: RecordFor,
+    pub(crate) uses: RecordUses,
     /// Told by the readers of events.
     pub(crate) notice: DiscardNotice,
     scan: PageScan,
@@ -54,9 +94,9 @@ pub(crate) struct WrittenPages {
     reported: AtomicTable,
     /// Locked by [`take`](Self::take), so that each change has one finder.
     turn: Mutex<Turn>,
-    /// Pages for the next call of [`take`](Self::take). A lock of its own, because a scan takes a
+    /// By use: pages for the next call of [`take`](Self::take). A lock of its own, because a scan takes a
     /// millisecond for each GiB, and a write beside it does not wait.
-    returned: Mutex<Returned>,
+    returned: [Mutex<Returned>; 2],
     scans: Scans,
 }
 
@@ -66,22 +106,30 @@ struct Turn {
     bounds: Option<Span>,
 }
 
-/// Pages that a caller has returned.
+/// Pages that a caller has returned, or that the scan of another use has found.
 #[derive(Debug, Default)]
-struct Returned(Vec<Span>);
+struct Returned {
+    spans: Vec<Span>,
+    /// The number of spans above which they are merged, because one use may ask seldom, or never.
+    most: usize,
+}
 
 impl Returned {
     fn add(&mut self, spans: &[Span]) {
-        self.0.extend(spans.iter().filter(|span| !span.is_empty()));
+        self.spans.extend(spans.iter().filter(|span| !span.is_empty()));
+        if self.spans.len() > self.most {
+            self.spans = merged(mem::take(&mut self.spans));
+            self.most = (2 * self.spans.len()).max(MERGED_FROM);
+        }
     }
 
     /// Takes the pages of a span.
     fn take(&mut self, span: Span) -> Vec<Span> {
         let mut taken = Vec::new();
-        for returned in std::mem::take(&mut self.0) {
+        for returned in mem::take(&mut self.spans) {
             let inside = gap(returned.first.max(span.first), returned.end().min(span.end()));
             if inside.is_empty() {
-                self.0.push(returned);
+                self.spans.push(returned);
                 continue;
             }
             taken.push(inside);
@@ -118,12 +166,12 @@ impl Drop for Scan<'_> {
 
 impl WrittenPages {
     /// For a region of `pages` pages.
-    pub(super) fn new(pages: NonZeroUsize, used_for: RecordFor) -> Result<Self, Errno> {
+    pub(super) fn new(pages: NonZeroUsize, uses: RecordUses) -> Result<Self, Errno> {
         let words = pages.get().div_ceil(WORD_PAGES);
         let reported = AtomicTable::new(NonZeroUsize::new(words).expect("a region has pages"))?;
         let (notice, scan) = (DiscardNotice::default(), PageScan::open()?);
         let (turn, returned, scans) = Default::default();
-        Ok(Self { used_for, notice, scan, reported, turn, returned, scans })
+        Ok(Self { uses, notice, scan, reported, turn, returned, scans })
     }
 
     /// True if a page that is filled arrives write-protected. A page that was reported as written and
@@ -139,30 +187,40 @@ impl WrittenPages {
         span.prefix(other.unwrap_or(span.pages))
     }
 
-    /// The pages of a span that were written since the last call, ascending, as runs that do not touch. After an
-    /// error, they are left for the next call. `range` has the addresses of all pages.
+    /// The pages of a span that were written since the last call for this use, ascending, as runs that do not
+    /// touch. After an error, they are left for the next call. `range` has the addresses of all pages.
     pub(crate) fn take(
         &self,
+        used_for: RecordFor,
         (range, size): (AddressRange, PageSize),
         span: Span,
         (pages, discards): (&PageTable, Discards),
     ) -> Result<Vec<Span>, Errno> {
         let at = Addresses { range, size };
         let mut turn = self.turn.lock();
-        let mut found = Vec::new();
-        let returned = self.returned.lock().take(span);
+        let (mut found, mut written) = (Vec::new(), Vec::new());
+        let returned = self.returned(used_for).lock().take(span);
         for returned in returned {
             self.take_unless_poisoned(returned, pages, &mut turn, &mut found);
         }
-        let looks = discards == Discards::Seen || self.notice.is_possible();
+        let may_be_discarded = discards == Discards::Seen || self.notice.is_possible();
+        let looks = used_for == RecordFor::Changes && may_be_discarded;
         let discarded = if looks { self.take_discarded(&at, &turn, &mut found) } else { Ok(()) };
-        let taken = discarded.and_then(|()| self.take_written(&at, span, pages, &mut turn, &mut found));
+        let taken = discarded.and_then(|()| self.take_written(&at, span, pages, &mut turn, &mut written));
+        // The scan has ended the kernel's record of these pages for each use.
+        let others = USES.into_iter().filter(|other| *other != used_for);
+        others.for_each(|other| self.give_back(other, &written));
+        found.append(&mut written);
         let found = merged(found);
         if let Err(errno) = taken {
-            self.give_back(&found);
+            self.give_back(used_for, &found);
             return Err(errno);
         }
         Ok(found)
+    }
+
+    fn returned(&self, used_for: RecordFor) -> &Mutex<Returned> {
+        &self.returned[used_for as usize]
     }
 
     /// Calls `each` with the runs of a span's pages that the kernel has not mapped and that have no marker.
@@ -186,14 +244,16 @@ impl WrittenPages {
         // counted, and the reader of the bytes after it would miss them.
         fence(Ordering::SeqCst);
         if before % 2 == 1 || self.scans.count() != before {
-            self.give_back(&[span]);
+            USES.into_iter().for_each(|used_for| self.give_back(used_for, &[span]));
         }
         written
     }
 
-    /// Returns pages whose bytes could not be saved, so that the next call finds them again.
-    pub(crate) fn give_back(&self, spans: &[Span]) {
-        self.returned.lock().add(spans);
+    /// Returns pages whose bytes could not be saved, so that the next call for this use finds them again.
+    pub(crate) fn give_back(&self, used_for: RecordFor, spans: &[Span]) {
+        if self.uses.has(used_for) {
+            self.returned(used_for).lock().add(spans);
+        }
     }
 
     /// Finds the pages of a returned span, without those that were discarded since, and whose source has
@@ -207,7 +267,7 @@ impl WrittenPages {
     }
 
     fn set_reported(&self, span: Span, turn: &mut Turn) {
-        if self.used_for == RecordFor::WriteBack {
+        if !self.uses.has(RecordFor::Changes) {
             return;
         }
         for (word, bits) in words(span) {
@@ -339,6 +399,9 @@ fn words(span: Span) -> impl Iterator<Item = (usize, u64)> {
     })
 }
 
+const USES: [RecordFor; 2] = [RecordFor::Changes, RecordFor::WriteBack];
+/// The fewest spans that are merged.
+const MERGED_FROM: usize = 64;
 /// The pages of a word.
 const WORD_PAGES: usize = u64::BITS as usize;
 /// The most pages in which one scan looks for absent ones: 128 MiB, so that it skips the parts of a
@@ -361,19 +424,36 @@ mod tests {
         assert_eq!(merged(Vec::new()), []);
     }
 
+    fn changes() -> RecordUses {
+        let mut uses = RecordUses::default();
+        uses.add(RecordFor::Changes);
+        uses
+    }
+
     #[test]
     fn returned_pages_are_taken_by_the_span_that_holds_them() {
-        let mut returned = Returned(vec![span(0, 10), span(20, 5)]);
+        let mut returned = Returned::default();
+        returned.add(&[span(0, 10), span(20, 5)]);
         assert_eq!(returned.take(span(4, 3)), [span(4, 3)]);
-        assert_eq!(merged(returned.0.clone()), [span(0, 4), span(7, 3), span(20, 5)]);
+        assert_eq!(merged(returned.spans.clone()), [span(0, 4), span(7, 3), span(20, 5)]);
         assert_eq!(merged(returned.take(span(0, 100))).len(), 3);
-        assert_eq!(returned.0, []);
+        assert_eq!(returned.spans, []);
+    }
+
+    #[test]
+    fn pages_that_are_returned_again_and_again_take_no_more_memory() {
+        let mut returned = Returned::default();
+        for round in 0..10_000 {
+            returned.add(&[span(round % 7 * 10, 1)]);
+        }
+        assert!(returned.spans.len() <= MERGED_FROM, "{}", returned.spans.len());
+        assert_eq!(merged(returned.take(span(0, 100))).len(), 7);
     }
 
     #[test]
     fn the_pages_of_a_write_beside_a_scan_are_returned() {
-        let written = WrittenPages::new(NonZeroUsize::new(200).unwrap(), RecordFor::Changes).unwrap();
-        let returned = || std::mem::take(&mut written.returned.lock().0);
+        let written = WrittenPages::new(NonZeroUsize::new(200).unwrap(), changes()).unwrap();
+        let returned = || mem::take(&mut written.returned(RecordFor::Changes).lock().spans);
         written.beside_scans(span(1, 2), || ());
         assert_eq!(returned(), [], "no scan goes on");
         written.beside_scans(span(1, 2), || drop(written.scans.begin()));
@@ -406,7 +486,7 @@ mod tests {
 
     #[test]
     fn pages_arrive_alike_up_to_the_first_reported_one() {
-        let written = WrittenPages::new(NonZeroUsize::new(200).unwrap(), RecordFor::Changes).unwrap();
+        let written = WrittenPages::new(NonZeroUsize::new(200).unwrap(), changes()).unwrap();
         written.set_reported(span(70, 2), &mut Turn::default());
         assert_eq!(written.alike(span(0, 200)), span(0, 70));
         assert_eq!(written.alike(span(70, 130)), span(70, 2));
