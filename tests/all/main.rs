@@ -45,6 +45,7 @@ mod limits;
 mod locked;
 mod manual;
 mod memory;
+mod memory_from_outside;
 mod metering;
 mod mixed;
 mod nesting;
