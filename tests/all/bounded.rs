@@ -8,6 +8,7 @@ use crate::{PAGE, discard};
 use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, OnFailure, Pool, Region, Server};
 use pagestitch::{Readahead, SharedRegion, Source};
 use pagestitch_testkit::scope::scope;
+use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::io;
@@ -69,6 +70,22 @@ fn several_workers_evict_at_once() {
 fn signal_handlers_evict_at_once() {
     read_at_random(Inline, 1);
     read_at_random(Inline, 4);
+}
+
+#[test]
+fn a_tebibyte_with_a_budget_is_read_and_takes_no_more_than_the_budget() {
+    const TEBIBYTE: u64 = 1 << 40;
+    let (budget, source) = (Budget::bytes(BUDGET).unwrap(), Arc::new(Scripted::new(TEBIBYTE)));
+    let region = Region::builder().chunk(Chunk::source(source)).budget(&budget).readahead(Readahead::None);
+    let region = region.build_shared(&pool(2)).unwrap();
+    let mut byte = [0];
+    for page in random(1, TEBIBYTE as usize / PAGE).take(4_000) {
+        let offset = (page * PAGE) as u64 + 7;
+        region.read_at(offset, &mut byte).unwrap();
+        assert_eq!(byte[0], byte_at(offset), "byte {offset}");
+    }
+    assert!(budget.resident_bytes() <= BUDGET && budget.overruns() == 0, "{:?}", budget.metrics());
+    assert!(budget.evictions() > 1_000, "{:?}", budget.metrics());
 }
 
 /// A budget of 32 MiB has room for 896 waiting pages, or 64.

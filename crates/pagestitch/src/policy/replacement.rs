@@ -1,7 +1,9 @@
 //! Which pages leave first when memory is short.
 //!
 //! The kernel does not tell which pages are read. So a page that is chosen waits on a standby list for a
-//! while, and a touch brings it back: that is the only sign of use that a policy gets.
+//! while, and a touch brings it back: that is the only sign of use that a policy gets. A kernel that protects
+//! pages of a userfaultfd against reads (proposed, and not in Linux 6.18) would give another one, for
+//! `admit(page, true)`.
 //!
 //! ```text
 //!   admit ──▶ the policy ──victim──▶ standby list ──dropped──▶ gone

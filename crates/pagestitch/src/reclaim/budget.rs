@@ -30,7 +30,9 @@ use std::time::Duration;
 ///   64 KiB and a huge page of buffers for each worker, and 256 KiB for each thread that writes pages back.
 /// * **Hashes**: a page of a file or of a source of your own may come back with other bytes, which a slice
 ///   must not show. So 16 bytes are kept for each such page of a [`Region`](crate::Region), and count: an
-///   eighth of the budget at most.
+///   eighth of the budget at most, so these pages are 32 times the budget at most. More take
+///   [`build_shared`](crate::Builder::build_shared), an [`ImmutableFile`](crate::source::ImmutableFile) or a
+///   [`StableSource`](crate::source::StableSource).
 /// * **Standby**: a page that leaves waits for a while before its memory is freed. A touch meanwhile
 ///   brings it back without a read of its source. While few pages come back, the list of a budget of 8 MiB or
 ///   more is short (a 32nd as long, from 68 MiB on), and most pages leave at once.
@@ -47,7 +49,10 @@ use std::time::Duration;
 ///   needs the room. So a thread that writes faster than the source takes bytes waits in its faults, and a
 ///   source that hangs holds up the faults of all regions of the budget that need room. That thread may be
 ///   the only worker of a pool, so a source [never touches](crate::source::WritableSource#contract) a region
-///   that the same pool serves.
+///   that the same pool serves. A write to a page that is in memory waits for nothing, so writers may make all
+///   pages dirty; then each page that comes waits for the write of another one.
+/// * **A scratch file**, for written pages whose source must not change, is a copy of it: a
+///   [`WritableFile`](crate::source::WritableFile) without a name (`O_TMPFILE`) as the chunk.
 /// * **A source that takes no bytes back** loses none: the page stays, and is dirty.
 ///   [`on_page_failure`](crate::Builder::on_page_failure) gets the first error, and
 ///   [`flush`](crate::AnyRegion::flush) returns it. Other pages leave meanwhile. If none is left, a fault that
