@@ -199,7 +199,7 @@ pub(crate) fn write_beside_flushes(region: &SharedRegion, budget: &Budget, threa
 }
 
 #[test]
-fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
+pub(crate) fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
     if moves_no_pages() {
         return;
     }
@@ -270,7 +270,7 @@ fn no_write_at_is_lost(begin: impl FnOnce()) {
 }
 
 #[test]
-fn no_write_is_lost_while_the_source_fails_now_and_then() {
+pub(crate) fn no_write_is_lost_while_the_source_fails_now_and_then() {
     if moves_no_pages() {
         return;
     }

@@ -112,7 +112,7 @@ fn a_file_that_takes_no_page_of_an_inline_region_is_reported() {
 }
 
 #[test]
-fn no_write_is_lost_while_pages_of_an_inline_region_leave_and_flushes_go_on() {
+pub(crate) fn no_write_is_lost_while_pages_of_an_inline_region_leave_and_flushes_go_on() {
     if moves_no_pages() {
         return;
     }

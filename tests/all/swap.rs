@@ -4,7 +4,7 @@
 use crate::bounded_writes::{BUDGET, Disk, bounded, moves_no_pages, word};
 use crate::donated::pages_of;
 use crate::transient::without_descriptors;
-use crate::{PAGE, SetOnDrop, comes_true, discard, pattern, until};
+use crate::{PAGE, SetOnDrop, bounded_writes, comes_true, discard, inline_writes, pattern, until};
 use nix::libc;
 use pagestitch::source::Donated;
 use pagestitch::{Budget, Chunk, Pool, Region, Source};
@@ -231,6 +231,23 @@ fn written_pages_of_a_budget_that_are_swapped_out_go_back_to_their_source() {
     region.finish().unwrap();
     let finished = (0..256).filter(|page| disk.word(*page) == 7).count();
     assert_eq!((flushed, kept, finished), (128, 256, 256));
+}
+
+/// The kernel swaps pages out while they are written, leave, go back and come back.
+#[test]
+fn no_write_of_a_budget_is_lost_beside_swap() {
+    let Some(_swap) = Swap::or_skip() else { return };
+    let before = pages_swapped_out();
+    bounded_writes::no_write_is_lost_while_pages_leave_and_flushes_go_on();
+    bounded_writes::no_write_is_lost_while_the_source_fails_now_and_then();
+    inline_writes::no_write_is_lost_while_pages_of_an_inline_region_leave_and_flushes_go_on();
+    assert!(moves_no_pages() || pages_swapped_out() > before + 1_000, "the kernel swaps nothing out");
+}
+
+/// The pages that the kernel has swapped out so far.
+fn pages_swapped_out() -> u64 {
+    let counts = fs::read_to_string("/proc/vmstat").unwrap();
+    counts.lines().find_map(|line| line.strip_prefix("pswpout ")).unwrap().parse().unwrap()
 }
 
 /// A process without descriptors must not take swap for off, because moved pages may be lost then.
