@@ -210,7 +210,8 @@ fn allowed(own: &[usize]) -> Vec<usize> {
 
 fn cpus_of(thread: Pid) -> Option<Vec<usize>> {
     let set = sched_getaffinity(thread).ok()?;
-    Some((0..CpuSet::count()).filter(|&cpu| set.is_set(cpu) == Ok(true)).collect())
+    let cpus: Vec<_> = (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu) == Ok(true)).collect();
+    Some(cpus).filter(|cpus| !cpus.is_empty())
 }
 
 /// True if the kernel works in this thread of the process, for an `io_uring(7)`. Until Linux 6.1 such a thread may
