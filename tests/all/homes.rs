@@ -2,16 +2,19 @@
 
 use crate::contention::is_idle;
 use crate::machine::rounds;
-use crate::{PAGE, serve_until, spawn_asleep, until};
+use crate::{PAGE, comes_true, discard, serve_until, spawn_asleep, touch, until};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, geteuid};
 use pagestitch::{BuildOption, Chunk, ErrorKind, Manual, Placement, Pool, Readahead, Region, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
-use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::mem::ManuallyDrop;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
+use std::{fs, io, process};
 
 const BLOCK: usize = 2 << 20;
 
@@ -206,5 +209,128 @@ fn a_process_that_starts_on_one_cpu_keeps_to_it() {
             pin_to(cpus[0]);
             body.spawn(format!("{} {}", cpus[0], cpus[1])).wait().expect_pass();
         });
+    });
+}
+
+/// A cpuset of the kernel, without processes at first.
+struct Cpuset(PathBuf);
+
+impl Cpuset {
+    /// A cpuset within that of this process. Prints a line where there can be none.
+    fn or_skip(test: &str) -> Option<Self> {
+        let made = geteuid().is_root().then(|| Self::make(test)).flatten();
+        if made.is_none() {
+            println!("SKIPPED {test}: no cpuset can be made here (root, and a controller that may be used)");
+        }
+        made
+    }
+
+    fn make(test: &str) -> Option<Self> {
+        let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+        let mut group = groups.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'));
+        // Version 1 has a hierarchy of its own for it. In version 2, the parent hands it down or does not.
+        let v1 = group.clone().find(|(controllers, _)| controllers.split(',').any(|name| name == "cpuset"));
+        let (root, parent) = match v1 {
+            Some((_, parent)) => ("/sys/fs/cgroup/cpuset", parent),
+            None => ("/sys/fs/cgroup", group.find(|(controllers, _)| controllers.is_empty())?.1),
+        };
+        let parent = Path::new(root).join(parent.trim_start_matches('/'));
+        let made = Self(parent.join(format!("{}-{}", test.replace("::", "-"), process::id())));
+        fs::create_dir(&made.0).ok()?;
+        let mems = ["cpuset.mems.effective", "cpuset.effective_mems"];
+        let mems = mems.iter().find_map(|name| fs::read_to_string(parent.join(name)).ok());
+        fs::write(made.0.join("cpuset.mems"), mems?).ok()?;
+        made.set(&own_cpus()).ok()?;
+        Some(made)
+    }
+
+    fn set(&self, cpus: &[usize]) -> io::Result<()> {
+        let list: Vec<_> = cpus.iter().map(usize::to_string).collect();
+        fs::write(self.0.join("cpuset.cpus"), list.join(","))
+    }
+
+    /// Moves this process with all its threads into the cpuset.
+    fn enter(&self) {
+        fs::write(self.0.join("cgroup.procs"), process::id().to_string()).unwrap();
+    }
+}
+
+impl Drop for Cpuset {
+    fn drop(&mut self) {
+        // Refused until the processes in it have ended.
+        comes_true(|| fs::remove_dir(&self.0).is_ok() || !self.0.exists());
+    }
+}
+
+/// Runs a test in a child with the path of a cpuset, which has all CPUs of this process.
+fn in_cpuset(test: &'static str, body: impl FnOnce(&Cpuset)) {
+    let body = child::body(test, |path| {
+        let cpuset = ManuallyDrop::new(Cpuset(PathBuf::from(path)));
+        body(&cpuset);
+    });
+    if several_cpus(test).is_none() {
+        return;
+    }
+    let Some(cpuset) = Cpuset::or_skip(test) else { return };
+    body.spawn(&cpuset.0).wait().expect_pass();
+}
+
+#[test]
+fn a_cpu_outside_of_the_cpuset_is_refused() {
+    in_cpuset(this_test!(), |cpuset| {
+        let cpus = own_cpus();
+        cpuset.set(&cpus[1..]).unwrap();
+        cpuset.enter();
+        assert_eq!(own_cpus(), cpus[1..]);
+        let error = Pool::builder().placement(Placement::Cpus(cpus.clone())).start().unwrap_err();
+        assert_eq!((error.kind(), error.option()), (ErrorKind::InvalidOption, Some(BuildOption::Placement)));
+        let pool = Pool::builder().placement(Placement::PerCpu).start().unwrap();
+        assert_eq!(pool.workers(), cpus.len() - 1);
+        assert!(cpus[1..].contains(&cpus_of_worker(&pool)[0]));
+    });
+}
+
+/// The kernel moves the worker to another CPU, and refuses to pin its replacement.
+#[test]
+fn a_worker_whose_cpu_leaves_the_cpuset_serves_on_and_so_does_its_replacement() {
+    in_cpuset(this_test!(), |cpuset| {
+        cpuset.enter();
+        let cpus = own_cpus()[..2].to_vec();
+        // A page of each shard.
+        let held = [BLOCK - PAGE, BLOCK];
+        let holding = held[0] as u64..(BLOCK + PAGE) as u64;
+        let source = Noting::new(Scripted::new(2 * BLOCK as u64).holding(holding));
+        let pool = Pool::builder().placement(Placement::Cpus(cpus.clone())).start().unwrap();
+        let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source))).keep_sources().shards(2);
+        let region = builder.readahead(Readahead::None).build(&pool).unwrap();
+        let start = region.as_ptr().expose_provenance().get();
+        let read = |at: usize| assert_eq!(touch(start + at), byte_at(at as u64), "byte {at}");
+        let read_both = |pages: Range<usize>| {
+            pages.flat_map(|page| [page * PAGE, BLOCK + page * PAGE]).for_each(read);
+        };
+        let done = AtomicBool::new(false);
+        scope(|scope| {
+            let reader = scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    read_both(100..200);
+                    discard(start + 100 * PAGE, 100 * PAGE);
+                    discard(start + BLOCK + 100 * PAGE, 100 * PAGE);
+                }
+            });
+            until(|| region.metrics().faults > 100);
+            cpuset.set(&cpus[..1]).unwrap();
+            until(|| own_cpus() == cpus[..1]);
+            let before = region.metrics().faults;
+            until(|| region.metrics().faults > before + 100);
+            done.store(true, Ordering::SeqCst);
+            reader.join().unwrap();
+            let hangs = held.map(|at| scope.spawn(move || read(at)));
+            source.source.wait_until_held(2);
+            until(|| pool.metrics().replacements >= 2);
+            read_both(1..20);
+            source.source.release();
+            hangs.into_iter().for_each(|thread| thread.join().unwrap());
+        });
+        assert_eq!(source.cpus_at(BLOCK + 10 * PAGE), cpus[..1]);
     });
 }
