@@ -129,7 +129,7 @@ impl From<&Manual> for Server {
 
 impl Server {
     /// A server that a test has made.
-    #[cfg(test)]
+    #[cfg(all(test, not(shuttle)))]
     pub(crate) fn of(server: Arc<dyn FaultServer>) -> Self {
         Self(server)
     }
