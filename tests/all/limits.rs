@@ -1,6 +1,7 @@
 //! Limits of the process: without userfaultfd, addresses, descriptors, threads or mappings, the
 //! error is one clear line.
 
+use crate::machine::{MAPPINGS_MAX, allows_too_many_mappings};
 use crate::zero_copy::memfd;
 use crate::{become_ordinary_user, pattern};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -9,6 +10,7 @@ use pagestitch::{BuildOption, Chunk, Error, ErrorKind, Limit, Pool, Region, Supp
 use pagestitch_kernel::Errno;
 use pagestitch_kernel::Features;
 use pagestitch_kernel::capabilities::Verdict;
+use pagestitch_kernel::limits::descriptors_left;
 use pagestitch_kernel::memfd::UnsealedMemfd;
 use pagestitch_kernel::{Access, Page, PageSize, Uffd, View};
 use pagestitch_testkit::deny::deny_userfaultfd;
@@ -246,7 +248,11 @@ fn a_region_larger_than_the_address_space_is_refused() {
     ignore = "the sanitizer maps memory of its own, which does not fit the limit"
 )]
 fn a_region_is_served_and_dropped_at_max_map_count() {
-    let end = child::run(this_test!(), || {
+    let test = this_test!();
+    if allows_too_many_mappings(test) {
+        return;
+    }
+    let end = child::run(test, || {
         let memfd = UnsealedMemfd::create("every", 3 * 4096).unwrap().seal().unwrap();
         let shown = pagestitch::source::Memfd::from(
             pagestitch_kernel::memfd::SealedMemfd::try_from(memfd.as_fd().try_clone_to_owned().unwrap())
@@ -256,12 +262,30 @@ fn a_region_is_served_and_dropped_at_max_map_count() {
         let region =
             Region::builder().chunks(pages).chunk(vec![7u8; 100_000]).build(&Pool::new().unwrap()).unwrap();
         // Maps every other page of a large range, until the process has no mappings left.
-        let pages = NonZeroUsize::new(200_000).unwrap();
+        let pages = NonZeroUsize::new(2 * MAPPINGS_MAX).unwrap();
         let (_reservation, mut view) = View::reserve(pages, PageSize::system(), Access::ReadOnly).unwrap();
-        let mapped = (0..100_000).take_while(|i| view.map(Page(i * 2).span(), &memfd, 0).is_ok()).count();
-        assert!(mapped < 100_000, "vm.max_map_count is larger than this test expects");
+        let all = (0..MAPPINGS_MAX).all(|i| view.map(Page(i * 2).span(), &memfd, 0).is_ok());
+        assert!(!all, "a mapping is left");
         assert_eq!(region.as_slice()[60 * 4096], 7);
         drop(region);
+    });
+    end.expect_pass();
+}
+
+/// The default number of shards depends on it.
+#[test]
+fn each_open_descriptor_is_one_less_that_is_left() {
+    let end = child::run(this_test!(), || {
+        let (most, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        // The folder is open itself while its entries are counted.
+        let open = || fs::read_dir("/proc/self/fd").unwrap().count() - 1;
+        assert_eq!(descriptors_left() as u64, most - open() as u64);
+        let opened: Vec<_> = (0..20).map(|_| fs::File::open("/dev/null").unwrap()).collect();
+        assert_eq!(descriptors_left() as u64, most - open() as u64);
+        setrlimit(Resource::RLIMIT_NOFILE, open() as u64, hard).unwrap();
+        assert_eq!(descriptors_left(), 0);
+        drop(opened);
+        assert_eq!(descriptors_left(), 20);
     });
     end.expect_pass();
 }

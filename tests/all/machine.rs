@@ -63,6 +63,21 @@ pub(crate) fn rounds(all: u64) -> u64 {
     if std::env::var_os("PAGESTITCH_EMULATED").is_some() { all / 5 } else { all }
 }
 
+/// True if a process may have more mappings than a test uses up (`vm.max_map_count`). Prints a line then.
+pub(crate) fn allows_too_many_mappings(test: &str) -> bool {
+    let most = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    let allows = most.trim().parse::<usize>().unwrap() > MAPPINGS_MAX;
+    if allows {
+        println!(
+            "SKIPPED {test}: a process may have more than {MAPPINGS_MAX} mappings here (vm.max_map_count)"
+        );
+    }
+    allows
+}
+
+/// The most mappings that a test makes to reach `vm.max_map_count`. The default is 65,530.
+pub(crate) const MAPPINGS_MAX: usize = 100_000;
+
 /// True if the thread or process of this folder of `/proc` sleeps, as it does in a page fault.
 fn is_asleep(folder: &Path) -> bool {
     fs::read_to_string(folder.join("stat")).is_ok_and(|stat| stat.contains(") S ") || stat.contains(") D "))

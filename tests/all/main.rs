@@ -31,6 +31,7 @@ mod fetches;
 mod firecracker;
 mod growth;
 mod hand_over;
+mod homes;
 mod hostile_memory;
 mod huge_parts;
 mod immutable;

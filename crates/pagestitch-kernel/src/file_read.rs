@@ -44,3 +44,21 @@ fn read(file: BorrowedFd<'_>, offset: u64, into: &mut [u8]) -> Result<usize, Err
     let read = unsafe { libc::syscall(libc::SYS_pread64, file, into.as_mut_ptr(), bytes, offset) };
     Errno::result(read).map(|read| read as usize)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{File, OpenOptions};
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_failed_read_keeps_errno() {
+        let unreadable = OpenOptions::new().write(true).open("/dev/null").unwrap();
+        let folder = File::open("/").unwrap();
+        for file in [unreadable, folder] {
+            Errno::set_raw(77);
+            assert!(!fill_from(file.as_fd(), 0, &mut [0; 10]));
+            assert_eq!(Errno::last_raw(), 77);
+        }
+    }
+}

@@ -243,6 +243,20 @@ pub fn mappings_left() -> usize {
     most.unwrap_or(65_530_usize).saturating_sub(present)
 }
 
+/// The number of descriptors that this process may still open (`RLIMIT_NOFILE`), as far as `/proc` tells.
+#[must_use]
+pub fn descriptors_left() -> usize {
+    let most = soft(Resource::RLIMIT_NOFILE).and_then(|most| usize::try_from(most).ok());
+    // Since Linux 6.2 the size of the folder is the number of its entries.
+    let told = fs::metadata("/proc/self/fd").map_or(0, |folder| folder.len() as usize);
+    let open = match told {
+        // One entry is the folder itself, which is open meanwhile.
+        0 => fs::read_dir("/proc/self/fd").map_or(0, |open| open.count().saturating_sub(1)),
+        told => told,
+    };
+    most.unwrap_or(usize::MAX).saturating_sub(open)
+}
+
 /// As [`mappings_left`], for a caller that makes at most `few` mappings.
 ///
 /// A count takes time for each mapping of the process. So one that is less than a second old serves

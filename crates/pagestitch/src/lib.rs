@@ -84,7 +84,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | a region above 256 KiB | a descriptor, about 5 KiB; 0.1 ms to build and to drop, more with thousands of such regions, because the kernel walks all mappings of the process |
+//! | a region above 256 KiB | a descriptor for each [shard](Builder::shards), which is one on up to eight CPUs; about 5 KiB; 0.1 ms to build and to drop, more with thousands of such regions, because the kernel walks all mappings of the process |
 //! | a smaller region | about 5 KiB: those of a pool share a few descriptors |
 //! | a chunk | 25 bytes beside its source, 50 ns |
 //! | a page | 4 bits, and its entry in the kernel's page table |

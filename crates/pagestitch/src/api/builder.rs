@@ -210,7 +210,8 @@ impl<S> Builder<S> {
     /// * **A region of a single shard** has a lower latency for single touches, because the wakes of
     ///   one thread's faults then meet few CPUs.
     /// * **Limits.** A shard takes a descriptor (`ulimit -n`) and a mapping (`vm.max_map_count`). By
-    ///   default, a region has one shard if they run short.
+    ///   default, a region has one shard if less than four times as many are left: with 1,024
+    ///   descriptors on 16 CPUs, about 60 regions have 16 shards, and the others have one.
     /// * **A region without faults**, because all of its pages are mapped in place, is one shard.
     /// * **`mremap(2)`** moves a part of the region within one shard only, and fails with EFAULT across
     ///   a border.

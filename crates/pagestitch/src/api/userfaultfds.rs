@@ -4,7 +4,7 @@ use crate::api::options::Options;
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::serve::Server;
 use crate::space::{Layout, Shards};
-use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left, mappings_left_for};
+use pagestitch_kernel::limits::{Limit, ReserveError, descriptors_left, mappings_left, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::{FaultMode, OpenError};
 use pagestitch_kernel::{Errno, Features, Reservation, Span, Uffd};
@@ -82,12 +82,10 @@ fn open_own(
         }
         None if options.inherit_on_fork => {}
         None => {
-            let shards = server.inner().shards().min(blocks / BLOCKS_MIN);
-            // A program that is short of mappings or descriptors needs them more than shards.
-            if shards > 1 && mappings_left_for(shards) / MAPPINGS_SHARE >= shards {
-                let opened = (1..shards).map(|_| open()).collect::<Result<Vec<_>, _>>();
-                uffds.extend(opened.unwrap_or_default());
-            }
+            let left = (mappings_left_for, descriptors_left);
+            let shards = by_default(server.inner().shards(), blocks, left);
+            let opened = (1..shards).map(|_| open()).collect::<Result<Vec<_>, _>>();
+            uffds.extend(opened.unwrap_or_default());
         }
     }
     if uffds.iter().any(|uffd| uffd.mode() == FaultMode::UserOnly) {
@@ -98,6 +96,19 @@ fn open_own(
         );
     }
     Ok(uffds)
+}
+
+/// The number of shards by default, of those that suit the server. One if the program is short of mappings or
+/// descriptors, because it needs them more than shards.
+fn by_default(
+    suitable: usize,
+    blocks: usize,
+    (mappings_left, descriptors_left): (impl FnOnce(usize) -> usize, impl FnOnce() -> usize),
+) -> usize {
+    let shards = suitable.min(blocks / BLOCKS_MIN);
+    let suffice = |left: usize| left / LEFT_SHARE >= shards;
+    // On a small machine nothing is counted.
+    if shards > 1 && suffice(mappings_left(shards)) && suffice(descriptors_left()) { shards } else { 1 }
 }
 
 /// Registers the shards of a range, and opens a span of it.
@@ -198,5 +209,78 @@ fn cannot_open(name: &str, children: bool, error: OpenError) -> Error {
 const SHARED_MAX: usize = 256 << 10;
 /// By default, a shard has at least this many blocks: 8 MiB.
 const BLOCKS_MIN: usize = 4;
-/// By default, shards take at most this share of the mappings that the process has left.
-const MAPPINGS_SHARE: usize = 4;
+/// By default, shards take at most this share of the mappings, and of the descriptors, that the process has left.
+const LEFT_SHARE: usize = 4;
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::serve::{Attachment, Demands, FaultServer, Served};
+    use std::sync::Arc;
+
+    /// A server with sixteen workers, as on a machine with as many CPUs.
+    #[derive(Debug)]
+    struct Wide;
+
+    impl FaultServer for Wide {
+        fn noun(&self) -> &'static str {
+            "stub"
+        }
+
+        fn number(&self) -> usize {
+            usize::MAX
+        }
+
+        fn is_of_this_process(&self) -> bool {
+            true
+        }
+
+        fn shards(&self) -> usize {
+            16
+        }
+
+        fn check(&self, _demands: &Demands) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn attach(&self, _region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
+            unreachable!("no region is built")
+        }
+    }
+
+    #[test]
+    fn the_number_of_shards_by_default_follows_the_workers_and_the_size() {
+        let server = Server::of(Arc::new(Wide));
+        let opened = |bytes, options: &Options| {
+            open_own("wide", bytes, options, (&server, Features::NONE)).unwrap().len()
+        };
+        let default = Options::default();
+        let sizes = [PAGE, 8 << 20, 15 << 20, 16 << 20, 64 << 20, 128 << 20, 1 << 40];
+        assert_eq!(sizes.map(|bytes| opened(bytes, &default)), [1, 1, 1, 2, 8, 16, 16]);
+        assert_eq!(opened(64 << 20, &Options { inherit_on_fork: true, ..Options::default() }), 1);
+        assert_eq!(opened(64 << 20, &Options { shards: Some(3), ..Options::default() }), 3);
+    }
+
+    #[test]
+    fn a_process_short_of_mappings_or_descriptors_has_one_shard_by_default() {
+        let of = |mappings, descriptors| by_default(16, (64 << 20) / HUGE, (|_| mappings, || descriptors));
+        assert_eq!((of(65_000, 1_000), of(32, 32)), (8, 8));
+        assert_eq!((of(31, 1_000), of(65_000, 31), of(0, 0)), (1, 1, 1));
+        let uncounted = || unreachable!("one shard needs no count");
+        assert_eq!(by_default(1, usize::MAX, (|_| uncounted(), uncounted)), 1);
+    }
+
+    /// Regions of 128 MiB on sixteen CPUs, with the limit that most systems begin with.
+    #[test]
+    fn a_limit_of_1024_descriptors_is_enough_for_sixty_regions_of_sixteen_shards() {
+        let (mut left, mut shards) = (1_024 - 30, Vec::new());
+        while left > 0 {
+            shards.push(by_default(16, (128 << 20) / HUGE, (|_| 65_000, || left)));
+            left -= shards.last().unwrap();
+        }
+        assert_eq!(shards.iter().filter(|&&shards| shards == 16).count(), 59);
+        assert_eq!(shards.iter().filter(|&&shards| shards == 1).count(), 50);
+    }
+
+    const PAGE: usize = 4096;
+}

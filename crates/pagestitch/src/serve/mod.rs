@@ -75,8 +75,7 @@ mod worker_threads;
 
 pub(crate) use append::append;
 pub use best::{BestServer, best_server};
-use contract::FaultServer;
-pub(crate) use contract::{Attachment, Demands, INLINE};
+pub(crate) use contract::{Attachment, Demands, FaultServer, INLINE};
 pub use eager::Eager;
 pub use inline::Inline;
 use manual::Group;
@@ -129,6 +128,12 @@ impl From<&Manual> for Server {
 }
 
 impl Server {
+    /// A server that a test has made.
+    #[cfg(all(test, not(shuttle)))]
+    pub(crate) fn of(server: Arc<dyn FaultServer>) -> Self {
+        Self(server)
+    }
+
     pub(crate) fn inner(&self) -> &dyn FaultServer {
         self.0.as_ref()
     }

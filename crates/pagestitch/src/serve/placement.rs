@@ -2,7 +2,8 @@
 
 use crate::error::{BuildOption, Error, ErrorKind};
 use nix::sched::{CpuSet, sched_getaffinity};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, gettid};
+use std::fs;
 
 /// The CPUs on which the workers of a pool run.
 ///
@@ -16,6 +17,13 @@ use nix::unistd::Pid;
 /// | [`PerCpu`](Self::PerCpu) | one pinned to each CPU | if faults come from all CPUs and must be fast |
 /// | [`Cpus`](Self::Cpus) | one pinned to each of these CPUs | if the touching threads are pinned: name their CPUs |
 /// | [`Anywhere`](Self::Anywhere) | not pinned | if sources are slow |
+///
+/// # The CPUs that a process may use
+///
+/// The CPUs on which at least one thread of the process may run when the pool starts. So a thread that is pinned
+/// starts the same pool as any other thread, and a process keeps to the CPUs of its `taskset(1)` and of its
+/// cpuset. A process whose only thread is pinned may use the CPU of that thread alone: start the pool before.
+/// Without `/proc`, the CPUs of the thread that starts the pool count.
 ///
 /// # Which worker a fault wakes
 ///
@@ -65,7 +73,7 @@ pub enum Placement {
     PerCpu,
     /// One worker pinned to each of these CPUs.
     Cpus(Vec<usize>),
-    /// Workers that the scheduler places. A fault wakes one.
+    /// Workers that the scheduler places, on all CPUs that the process may use. A fault wakes one.
     Anywhere,
 }
 
@@ -79,12 +87,21 @@ pub(super) struct WorkerCpus {
     allowed: usize,
     /// True if the caller has not chosen the placement.
     pub(super) is_automatic: bool,
+    /// The CPUs of workers that are not pinned. Empty if these workers inherit the right ones from the thread that
+    /// starts the pool.
+    unpinned: Vec<usize>,
 }
 
 impl WorkerCpus {
     /// Decides for a requested number of workers and a placement, on this machine.
     pub(super) fn decide(workers: Option<usize>, placement: &Placement) -> Result<Self, Error> {
-        Self::on(&allowed(), workers, placement)
+        let own = cpus_of(Pid::from_raw(0)).unwrap_or_else(|| vec![0]);
+        let all = allowed(&own);
+        let mut decided = Self::on(&all, workers, placement)?;
+        if own != all {
+            decided.unpinned = all;
+        }
+        Ok(decided)
     }
 
     fn on(allowed: &[usize], workers: Option<usize>, placement: &Placement) -> Result<Self, Error> {
@@ -105,14 +122,14 @@ impl WorkerCpus {
             }
             workers => {
                 let is_automatic = *placement == Placement::Auto;
-                Ok(Self { workers, cpus, allowed: allowed.len(), is_automatic })
+                Ok(Self { workers, cpus, allowed: allowed.len(), is_automatic, unpinned: Vec::new() })
             }
         }
     }
 
     /// `workers` workers, which are not pinned to a CPU.
     pub(super) const fn anywhere(workers: usize) -> Self {
-        Self { workers, cpus: Vec::new(), allowed: 1, is_automatic: false }
+        Self { workers, cpus: Vec::new(), allowed: 1, is_automatic: false, unpinned: Vec::new() }
     }
 
     /// True if a fault wakes all workers, because the nearest is the fastest: if they are pinned, and
@@ -130,6 +147,11 @@ impl WorkerCpus {
     /// The CPUs to which workers are pinned.
     pub(super) fn all(&self) -> &[usize] {
         &self.cpus
+    }
+
+    /// The CPUs on which a worker that is not pinned has to run. `None` if it runs there already.
+    pub(super) fn unpinned(&self) -> Option<&[usize]> {
+        Some(&*self.unpinned).filter(|cpus| !cpus.is_empty())
     }
 
     pub(super) fn cpu_of(&self, worker: usize) -> Option<usize> {
@@ -163,13 +185,50 @@ fn refuse_others(allowed: &[usize], cpus: &[usize]) -> Result<(), Error> {
     }
 }
 
-/// The CPUs that this process may use; CPU 0 if the kernel does not tell.
-fn allowed() -> Vec<usize> {
-    let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_else(|_| CpuSet::new());
-    let cpus: Vec<_> = (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu) == Ok(true)).collect();
-    if cpus.is_empty() { vec![0] } else { cpus }
+/// The CPUs that this process may use: those of all its threads, beside the `own` ones of the calling thread, which
+/// may be pinned. A CPU of the cpuset that no thread uses does not count, though the kernel lets a thread go there:
+/// `taskset(1)` has excluded it.
+fn allowed(own: &[usize]) -> Vec<usize> {
+    let mut all = own.to_vec();
+    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let threads: Vec<_> = tasks.filter_map(|task| task.file_name().to_str()?.parse().ok()).collect();
+    // Not so if `/proc` is that of another PID namespace, whose numbers name other threads here.
+    if !threads.contains(&gettid().as_raw()) {
+        return all;
+    }
+    for thread in threads {
+        // A thread that has ended since has no CPUs.
+        let mut more = cpus_of(Pid::from_raw(thread)).unwrap_or_default();
+        more.retain(|cpu| !all.contains(cpu));
+        if !more.is_empty() && !is_of_kernel(thread) {
+            all.extend(more);
+        }
+    }
+    all.sort_unstable();
+    all
 }
 
+fn cpus_of(thread: Pid) -> Option<Vec<usize>> {
+    let set = sched_getaffinity(thread).ok()?;
+    let cpus: Vec<_> = (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu) == Ok(true)).collect();
+    Some(cpus).filter(|cpus| !cpus.is_empty())
+}
+
+/// True if the kernel works in this thread of the process, for an `io_uring(7)`. Until Linux 6.1 such a thread may
+/// run on all CPUs, also on those that `taskset(1)` has excluded.
+fn is_of_kernel(thread: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/self/task/{thread}/stat"));
+    // The thread may have ended.
+    stat.map_or(true, |stat| flags_in(&stat).is_none_or(|flags| flags & PF_IO_WORKER != 0))
+}
+
+/// The flags of a thread in its `/proc/PID/stat`. Its name, in parentheses, may contain any character.
+fn flags_in(stat: &str) -> Option<u32> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(6)?.parse().ok()
+}
+
+/// The flag of a thread in which the kernel works for an `io_uring(7)` (`include/linux/sched.h`).
+const PF_IO_WORKER: u32 = 0x10;
 /// The most workers that a fault wakes all. With more of them it gets slower.
 const WAKE_ALL_MAX: usize = 8;
 /// The most workers by default. Half as many saturate the kernel's fault path, and there is room for as
@@ -214,6 +273,17 @@ mod tests {
         assert_eq!(of(&many), (32, 32, false));
         assert_eq!((many.cpu_of(0), many.cpu_of(31)), (Some(0), Some(62)));
         assert_eq!(on(100, None, &Placement::Auto).unwrap().workers, 25);
+    }
+
+    #[test]
+    fn threads_in_which_the_kernel_works_are_told_by_their_flags() {
+        let stat = |name, flags| format!("7 ({name}) S 1 1 1 0 -1 {flags} 0 0 0 0");
+        assert_eq!(
+            flags_in(&stat("iou-wrk-7", 4_210_768)).map(|flags| flags & PF_IO_WORKER),
+            Some(PF_IO_WORKER)
+        );
+        assert_eq!(flags_in(&stat("a) S (b", 4_194_304)), Some(4_194_304));
+        assert_eq!((flags_in("7"), is_of_kernel(gettid().as_raw())), (None, false));
     }
 
     #[test]

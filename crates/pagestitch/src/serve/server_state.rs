@@ -369,18 +369,21 @@ impl ServerState {
     /// The CPU of the worker that a fault of a shard wakes first. `None` if any worker may be the first,
     /// or if the worker is not pinned.
     pub(super) fn cpu_of(&self, region: &Mapping, shard: usize) -> Option<usize> {
-        let (shards, workers) = (region.uffd.count(), self.epolls.len());
-        let has_home = shards > 1 || workers == 1;
-        self.cpus.cpu_of(home_of(shard, shards, workers)).filter(|_| has_home)
+        let has_home = region.uffd.count() > 1 || self.epolls.len() == 1;
+        self.cpus.cpu_of(self.home(region, shard)).filter(|_| has_home)
+    }
+
+    fn home(&self, region: &Mapping, shard: usize) -> usize {
+        home_of(shard, region.uffd.count(), self.epolls.len())
     }
 
     /// Watches a shard in the epolls of all workers, its home first: of the workers that sleep, an
     /// exclusive watch wakes the one that was added first.
     fn watch_shard(&self, region: &Served, shard: usize) -> Result<(), Errno> {
-        let (wakes, uffd) = (self.wakes_of(region), region.uffd.get(shard));
-        let (before, from_home) =
-            self.epolls.split_at(home_of(shard, region.uffd.count(), self.epolls.len()));
-        from_home.iter().chain(before).try_for_each(|epoll| watch(epoll, uffd, wakes))
+        let (uffd, home, posts) = (region.uffd.get(shard), self.home(region, shard), self.epolls.len());
+        (home..posts)
+            .chain(0..home)
+            .try_for_each(|post| watch(&self.epolls[post], uffd, self.wakes_of(region, (shard, post))))
     }
 
     /// Opens the userfaultfds that small regions share, and returns their features. `None` if there are
@@ -478,8 +481,12 @@ impl ServerState {
     /// Makes the epoll of a post report a shard again if there is something to read; or that of another
     /// post, if this one does not watch the region for a moment.
     pub(super) fn rearm(&self, post: usize, region: &Served, shard: usize) {
+        // The home of a shard watches it by level, so its epoll reports the shard anyway. A new watch would be the
+        // last, and other workers would wake before the home from then on.
+        if self.stays_first(region, (shard, post)) {
+            return;
+        }
         let uffd = region.uffd.get(shard);
-        let (before, from_post) = self.epolls.split_at(post);
         // Under the lock, because the end of the service deletes the watches afterwards. A watch that is
         // left would be in the way of the next region that has this userfaultfd.
         let regions = self.regions.read();
@@ -487,9 +494,9 @@ impl ServerState {
             return;
         }
         // A new watch reports at once. Without a watch, the region is being dropped.
-        let watching = from_post.iter().chain(before).find(|epoll| epoll.delete(uffd).is_ok());
-        if let Some(epoll) = watching {
-            let _ = watch(epoll, uffd, self.wakes_of(region));
+        let mut from_post = (post..self.epolls.len()).chain(0..post);
+        if let Some(post) = from_post.find(|&post| self.epolls[post].delete(uffd).is_ok()) {
+            let _ = watch(&self.epolls[post], uffd, self.wakes_of(region, (shard, post)));
         }
     }
 
@@ -535,7 +542,8 @@ impl ServerState {
         let regions = self.regions.read();
         for post in region.turns.unwatched() {
             // Under the lock, because the end of the service deletes the watches afterwards.
-            let watch = |uffd: &Uffd| watch(&self.epolls[post], uffd, self.wakes_of(region));
+            // Adopted memory is one shard.
+            let watch = |uffd: &Uffd| watch(&self.epolls[post], uffd, self.wakes_of(region, (0, post)));
             let is_served = |uffd: &Uffd| regions.shards.contains_key(&uffd.as_fd().as_raw_fd());
             // Refused while the worker of that post is about to delete its watch.
             if region.uffd.iter().filter(|uffd| is_served(uffd)).all(|uffd| watch(uffd).is_ok()) {
@@ -546,12 +554,19 @@ impl ServerState {
         }
     }
 
-    /// The epoll flags with which a region is watched.
-    fn wakes_of(&self, region: &Served) -> EpollFlags {
+    /// The epoll flags with which a post watches a shard.
+    fn wakes_of(&self, region: &Served, (shard, post): (usize, usize)) -> EpollFlags {
         // Workers take turns at reading from foreign memory, so waking all of them is in vain. Each
         // shard has a worker of its own.
         let wakes_one = region.target.foreign().is_some() || region.uffd.count() > 1;
-        self.wakes | if wakes_one { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() }
+        let wakes = self.wakes | if wakes_one { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() };
+        if self.stays_first(region, (shard, post)) { wakes - EpollFlags::EPOLLET } else { wakes }
+    }
+
+    /// True if a post is the home of one shard of several, which a fault wakes first. Its watch is never made anew:
+    /// it reports the shard as long as there is something to read.
+    fn stays_first(&self, region: &Served, (shard, post): (usize, usize)) -> bool {
+        region.uffd.count() > 1 && self.home(region, shard) == post
     }
 
     pub(super) fn remove(&self, region: &Served) {

@@ -213,8 +213,11 @@ impl Worker {
     }
 
     fn pin_to_cpu(&self) {
-        let Some(cpu) = self.cpu else { return };
-        self.run_on(&[cpu]);
+        match (self.cpu, self.state.cpus.unpinned()) {
+            (Some(cpu), _) => self.run_on(&[cpu]),
+            (None, Some(cpus)) => self.run_on(cpus),
+            (None, None) => {}
+        }
     }
 
     fn run_on(&self, cpus: &[usize]) {

@@ -216,6 +216,8 @@ impl Source for FileSource {
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        // A read into a buffer, which is then copied to the page. A copy straight from a mapping of the file
+        // would show zeros where a truncated file ends within a page, and would not tell the reason of a failure.
         match &self.direct {
             None => read_exact(&self.file, offset, into),
             Some(direct) if into.len() <= DIRECT_MAX || is_block(direct, offset, into) => {

@@ -62,6 +62,10 @@ pub(crate) trait Wake {
 /// lock-free: each step is one atomic exchange in a word of 16 states. Only [`wait_while_filling`]
 /// blocks. The table outlives the region in the handles to its metrics.
 ///
+/// Sixteen pages share a word because a page then takes 4 bits, and one exchange claims or settles sixteen
+/// neighbours. Threads that fault on pages of one word repeat some exchanges. A word for each page would
+/// not end that: the words would still share a cache line, and the kernel has one lock for 512 pages.
+///
 /// ```text
 ///   words:  | used bits: 1 per BLOCK of pages |  states: 16 pages per word, 4 bits each    |
 ///           0                                 blocks                                        end

@@ -10,8 +10,11 @@
 //! has no mapping left (`vm.max_map_count`).
 //!
 //! It has no event of discards and forks, because a fill of one region would wait (`EAGAIN`) while
-//! another region's event is unread. It stays open until the end of the pool, so the drop of a region
-//! closes nothing: the range is fenced, its waiters are woken, and it is unmapped.
+//! another region's event is unread. It has the event of moves, though it makes fills wait too: a move
+//! is rare, and without its event unfilled pages that `mremap(2)` moves would read as zeros.
+//!
+//! It stays open until the end of the pool, so the drop of a region closes nothing: the range is fenced,
+//! its waiters are woken, and it is unmapped.
 
 use pagestitch_kernel::Uffd;
 use pagestitch_kernel::fork::ForkGeneration;
