@@ -18,7 +18,7 @@
 //! | [`touch`] | first touches, each of them timed |
 //! | [`environment`] | the machine of a measurement |
 //! | [`threads`] | the numbers of threads of a measurement |
-//! | `measure`, `format`, `date`, `affinity` | clocks, formatted times, the date, pinned threads |
+//! | `measure`, `format`, `bound`, `date`, `affinity` | clocks, formatted times, bounds of figures, the date, pinned threads |
 //! | `child` | the program started again, as a process that a round measures |
 //!
 //! The ratios are the lasting result of a measurement. In each round every case runs once, right
@@ -26,6 +26,7 @@
 //! baseline *of the same round*. Absolute times hold for one machine at one moment.
 
 mod affinity;
+mod bound;
 mod case;
 mod child;
 mod date;

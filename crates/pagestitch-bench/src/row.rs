@@ -77,6 +77,11 @@ impl Row {
         (&self.workload, &self.point, &self.system)
     }
 
+    /// The ratio of its time to that of a baseline: the median of the ratios of the rounds.
+    pub(crate) fn time_ratio(&self, baseline: &str) -> Option<f64> {
+        self.ratios.iter().find(|(name, _)| name == baseline).map(|(_, ratio)| *ratio)
+    }
+
     /// True if some of the threads that touch share a CPU.
     #[must_use]
     pub const fn has_more_threads_than_cpus(&self) -> bool {

@@ -8,11 +8,13 @@
 //! | `trace` | the order of the touches |
 //! | `cgroup` | memory cgroups, of both versions |
 //! | `direct` | plain reads around the page cache |
+//! | `memory` | writers of memory larger than its budget, in this process |
 //! | `writing` | touches half of which write |
 //! | `words` | the words of a mapped file, or of a region |
 
 mod cgroup;
 mod direct;
+pub(crate) mod memory;
 mod trace;
 mod words;
 mod writing;
@@ -297,8 +299,8 @@ fn major_faults() -> i64 {
     getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.major_page_faults())
 }
 
-/// Writes a file whose page `n` has the word `n + 1` all over, and has the kernel write it to the disk.
-pub(crate) fn write_pages(file: &mut File, pages: usize) -> io::Result<()> {
+/// Writes pages of which each word of page `n` is `n + 1`.
+pub(crate) fn write_pages(file: &mut impl Write, pages: usize) -> io::Result<()> {
     let mut block = Vec::with_capacity(BLOCK * PAGE);
     for first in (0..pages).step_by(BLOCK) {
         block.clear();
@@ -307,7 +309,7 @@ pub(crate) fn write_pages(file: &mut File, pages: usize) -> io::Result<()> {
         }
         file.write_all(&block)?;
     }
-    file.sync_all()
+    Ok(())
 }
 
 const BLOCK: usize = 256;

@@ -5,19 +5,20 @@ use crate::systems::PAGE;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::mman::{MapFlags, MmapAdvise, MsFlags, ProtFlags, madvise, mmap, msync, munmap};
 use pagestitch::SharedRegion;
+use pagestitch_kernel::StableView;
 use std::fs::File;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::slice;
 
-/// Memory with the pages of [`write_pages`](super::write_pages).
+/// Memory with the pages of [`write_pages`](super::write_pages), which its owner keeps for `'r`.
 pub(super) struct Words<'r> {
     start: NonNull<u64>,
     pages: usize,
     /// True if the memory is a mapping of this value's.
     is_mapped: bool,
-    region: PhantomData<&'r SharedRegion>,
+    owner: PhantomData<&'r ()>,
 }
 
 /// Advice for a mapping.
@@ -30,12 +31,16 @@ pub(super) enum Advice {
 
 impl<'r> Words<'r> {
     pub(super) fn of(region: &'r SharedRegion) -> Self {
-        Self {
-            start: region.as_ptr().cast(),
-            pages: region.len() / PAGE,
-            is_mapped: false,
-            region: PhantomData,
-        }
+        Self::owned(region.as_ptr(), region.len())
+    }
+
+    /// The words of a view. No slice of it exists if they are written.
+    pub(super) fn of_view(view: &'r StableView, bytes: usize) -> Self {
+        Self::owned(view.as_ptr(), bytes)
+    }
+
+    const fn owned(start: NonNull<u8>, bytes: usize) -> Self {
+        Self { start: start.cast(), pages: bytes / PAGE, is_mapped: false, owner: PhantomData }
     }
 }
 
@@ -47,7 +52,7 @@ impl Words<'_> {
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0) };
         let start = start.expect("a mapping").cast();
-        Self { start, pages: bytes / PAGE, is_mapped: true, region: PhantomData }
+        Self { start, pages: bytes / PAGE, is_mapped: true, owner: PhantomData }
     }
 
     pub(super) const fn pages(&self) -> usize {

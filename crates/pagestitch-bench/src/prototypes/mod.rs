@@ -17,8 +17,10 @@
 //! | `parts` | memory in parts, each with a userfaultfd of its own |
 //! | `workers` | pinned threads that read events and fill pages |
 //! | `bus` | the bare SIGBUS handler |
+//! | `evict` | memory with a bound, from which pages leave by moves: the prototype of the workload `ooc` |
 
 mod bus;
+pub(crate) mod evict;
 mod parts;
 mod workers;
 

@@ -2,7 +2,7 @@
 //!
 //! | from | systems | memory |
 //! |---|---|---|
-//! | memory | a region with a budget, of a pool or inline; a plain handler that drops its oldest page; without a limit | a quarter, of the region |
+//! | memory | a region with a budget, of a pool or inline; a plain handler that drops its oldest page; prototypes that do the least; without a limit | a quarter, of the region |
 //! | a file | a region with a budget; `mmap`; plain reads around the page cache | a quarter, of a cgroup with the whole process and its page cache |
 //!
 //! | at | a touch |
@@ -10,14 +10,16 @@
 //! | random, zipf, scan + hot set | reads a page |
 //! | sequential | reads all words of a page |
 //! | misses | reads a page that is not in memory, so that touches a second are misses a second |
-//! | half writing | reads a page; every other one writes too, and the time has that of the flush |
+//! | half writing | reads a page; every other one writes too, and the time of a file has that of the flush |
 //!
 //! Each read compares bytes. After a run that writes, all bytes of the written pages are compared in the file.
 
 use crate::affinity::allowed;
 use crate::case::{Case, Options, Sample};
 use crate::measure::warm;
+use crate::ooc::memory::{MemorySource, write_prototype, write_region};
 use crate::ooc::{Pattern, ReadTask, Trace, Way, has_cgroups, has_write_back, measure, write_pages};
+use crate::prototypes::evict::{Bounded, moves_no_pages};
 use crate::systems::{CHUNK, Data, PAGE, sum};
 use crate::team::at_once;
 use nix::fcntl::OFlag;
@@ -42,17 +44,59 @@ fn from_memory(options: &Options) -> Vec<Case> {
     let data = Data::new(options.size(2 << 30), options.seed);
     warm(data.bytes());
     let touches = options.size(1 << 18);
+    let refused = moves_no_pages();
+    refused.inspect(|reason| eprintln!("SKIPPED ooc: {MOVING}, and writes to memory: {reason}"));
+    let moves = refused.is_none();
     let mut cases = Vec::new();
     for pattern in PATTERNS {
         for (system, run) in SYSTEMS {
             let data = Arc::clone(&data);
             let run = move |seed| run(&data, &data.trace(pattern, touches, seed));
             let case = Case::new(system, run).at(format!("memory, {}", pattern.name()));
-            cases.push(case.chunks_of(CHUNK).against(&[FIFO, UNLIMITED, EAGER]));
+            cases.push(case.chunks_of(CHUNK).against(&[FIFO, UNLIMITED, EAGER, MOVING]));
         }
+        if moves && pattern == Pattern::Random {
+            cases.push(moving(&data, touches));
+        }
+    }
+    if moves && has_write_back() {
+        cases.extend(writing(options, touches));
     }
     cases
 }
+
+/// The prototype of random reads.
+fn moving(data: &Arc<Data>, touches: usize) -> Case {
+    let data = Arc::clone(data);
+    let run = move |seed| {
+        let trace = data.trace(Pattern::Random, touches, seed);
+        let memory = Bounded::new(&*data, data.pages(), data.pages() / QUARTER, false);
+        memory.serve(|| data.touch(&trace, memory.view().as_slice()))
+    };
+    let case = Case::new(MOVING, run).at(format!("memory, {}", Pattern::Random.name()));
+    case.chunks_of(CHUNK).against(&[FIFO])
+}
+
+/// The cases that write to memory.
+fn writing(options: &Options, touches: usize) -> impl Iterator<Item = Case> {
+    let pages = options.size(2 << 30) / PAGE;
+    let sizes = (pages, pages / QUARTER);
+    WRITERS.into_iter().map(move |(system, run)| {
+        let run = move |seed| run(sizes, &Trace::new(Pattern::HalfWriting, sizes, touches, seed));
+        let point = format!("memory, {}", Pattern::HalfWriting.name());
+        Case::new(system, run).at(point).against(&[MOVING_WRITES])
+    })
+}
+
+/// Makes memory of so many pages of which so many are in memory at a time, and writes to it.
+type Writes = fn((usize, usize), &Trace) -> Sample;
+
+const WRITERS: [(&str, Writes); 4] = [
+    ("pool, budget", |sizes, trace| write_region(MemorySource::Bytes, sizes, trace, &pool())),
+    ("pool, budget, memfd", |sizes, trace| write_region(MemorySource::Memfd, sizes, trace, &pool())),
+    ("inline, budget, memfd", |sizes, trace| write_region(MemorySource::Memfd, sizes, trace, Inline)),
+    (MOVING_WRITES, write_prototype),
+];
 
 /// Makes the bytes appear, and touches them.
 type Run = fn(&Data, &Trace) -> Sample;
@@ -176,7 +220,7 @@ impl DiskFile {
             [PathBuf::from("/var/tmp"), env::temp_dir()].into_iter().find(|folder| folder.is_dir())?;
         let options = OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_TMPFILE.bits()).clone();
         let mut file = options.open(folder).ok()?;
-        write_pages(&mut file, bytes / PAGE).ok()?;
+        write_pages(&mut file, bytes / PAGE).and_then(|()| file.sync_all()).ok()?;
         Some(Self(file))
     }
 
@@ -203,6 +247,8 @@ const POOL: (&str, Way) = ("pool, budget", Way::Region);
 const POOL_DIRECT: (&str, Way) = ("pool, budget, direct", Way::RegionDirect);
 const INLINE: (&str, Way) = ("inline, budget", Way::Inline);
 const INLINE_DIRECT: (&str, Way) = ("inline, budget, direct", Way::InlineDirect);
+const MOVING: &str = "prototype evict move";
+const MOVING_WRITES: &str = "prototype evict move w";
 const FIFO: &str = "plain handler, FIFO";
 const UNLIMITED: &str = "pool, no budget";
 const EAGER: &str = "eager copy";
