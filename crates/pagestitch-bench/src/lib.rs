@@ -12,6 +12,7 @@
 //! | `prototypes` | the least that a program can do to fill pages: a limit of each way to serve |
 //! | `hot` | bytes in the processor's caches, and touches of memory that repeats them |
 //! | `systems`, `manual_page` | the systems that workloads compare, and their data |
+//! | [`simulated`] | a replacement policy with perfect reference bits |
 //! | `team` | work of several threads at once |
 //! | `case` | one system at one point, and the sample of one run |
 //! | [`row`] | a result: one line of a table, one JSON object |
@@ -42,6 +43,7 @@ mod prototypes;
 pub mod report;
 pub mod row;
 pub mod runner;
+pub mod simulated;
 mod systems;
 mod team;
 pub mod threads;

@@ -59,6 +59,13 @@ pub struct Row {
     pub reads: Option<f64>,
     /// The share of the touches that bring a page back from the standby list, if counted.
     pub soft_faults: Option<f64>,
+    /// The share of the touches that wait for no read, divided by that of S3-FIFO with perfect reference bits,
+    /// simulated on the same touches and in as much memory.
+    pub of_perfect_bits: Option<f64>,
+    /// The most bytes of anonymous memory that the process had, if another process has looked every 10 ms.
+    pub resident_bytes: Option<u64>,
+    /// The bytes that they may be: the budget, and a block for each worker and each thread that touches.
+    pub resident_limit: Option<u64>,
     /// The baseline of `ratio`: a system, with its point if that is another one.
     pub baseline: Option<String>,
     /// The time of this system (p50 if there is one) divided by the time of the baseline. Below 1

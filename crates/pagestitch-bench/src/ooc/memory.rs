@@ -14,7 +14,7 @@ use crate::systems::PAGE;
 use crate::team::at_once;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use pagestitch::source::{WritableFile, WritableSource};
-use pagestitch::{Budget, Chunk, Region, Server, WriteBack};
+use pagestitch::{Budget, Builder, Chunk, Region, Server, WriteBack};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, RwLock};
@@ -31,45 +31,43 @@ pub(crate) enum MemorySource {
 /// Measures a region of so many pages of which a budget holds so many.
 pub(crate) fn write_region(
     source: MemorySource,
-    sizes: (usize, usize),
+    (pages, resident): (usize, usize),
     trace: &Trace,
     server: impl Into<Server>,
 ) -> Sample {
-    let (pages, resident) = sizes;
+    let budget = Budget::bytes((resident * PAGE) as u64).expect("a budget");
     match source {
         MemorySource::Bytes => {
             let bytes = Arc::new(RwLock::new(filled(pages)));
-            write_to(Arc::clone(&bytes), resident, trace, server, |page, into| {
+            write_to(written_back(Arc::clone(&bytes), &budget), server, trace, |page, into| {
                 into.copy_from_slice(&bytes.read().expect("bytes")[page * PAGE..][..PAGE]);
             })
         }
         MemorySource::Memfd => {
-            let memfd = memfd_create("pages", MFdFlags::MFD_CLOEXEC).expect("a memfd");
-            let mut memfd = File::from(memfd);
-            write_pages(&mut memfd, pages).expect("memory");
-            let source =
-                WritableFile::from_file(memfd.try_clone().expect("a descriptor"), "memfd").expect("a file");
-            write_to(Arc::new(source), resident, trace, server, |page, into| {
+            let memfd = filled_memfd(pages);
+            write_to(written_back(of_memfd(&memfd), &budget), server, trace, |page, into| {
                 memfd.read_exact_at(into, (page * PAGE) as u64).expect("a page");
             })
         }
     }
 }
 
-fn write_to<S: WritableSource + 'static>(
-    source: Arc<S>,
-    resident: usize,
-    trace: &Trace,
+/// A region of a memfd with so many pages, whose written pages go back there.
+pub(crate) fn region_of_memfd(pages: usize, budget: &Budget) -> Builder {
+    written_back(of_memfd(&filled_memfd(pages)), budget)
+}
+
+fn written_back<S: WritableSource + 'static>(source: Arc<S>, budget: &Budget) -> Builder {
+    Region::builder().chunk(Chunk::writable(source)).budget(budget).write_back(WriteBack::ToSource)
+}
+
+fn write_to(
+    region: Builder,
     server: impl Into<Server>,
+    trace: &Trace,
     read: impl Fn(usize, &mut [u8]),
 ) -> Sample {
-    let budget = Budget::bytes((resident * PAGE) as u64).expect("a budget");
-    let region = Region::builder()
-        .chunk(Chunk::writable(source))
-        .budget(&budget)
-        .write_back(WriteBack::ToSource)
-        .build_shared(server)
-        .expect("a region");
+    let region = region.build_shared(server).expect("a region");
     let (sample, writer) = touch(&Words::of(&region), trace);
     region.finish().expect("a source that takes all pages");
     assert!(are_written(&[writer], read), "the source has other bytes than were written");
@@ -99,6 +97,17 @@ fn touch(words: &Words<'_>, trace: &Trace) -> (Sample, Writer) {
     );
     assert!(right[0], "a page has other bytes than were written");
     (sample, writer)
+}
+
+fn filled_memfd(pages: usize) -> File {
+    let mut memfd = File::from(memfd_create("pages", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
+    write_pages(&mut memfd, pages).expect("memory");
+    memfd
+}
+
+fn of_memfd(memfd: &File) -> Arc<WritableFile> {
+    let memfd = memfd.try_clone().expect("a descriptor");
+    Arc::new(WritableFile::from_file(memfd, "memfd").expect("a file"))
 }
 
 fn filled(pages: usize) -> Vec<u8> {

@@ -1,5 +1,6 @@
 //! The order in which pages are touched.
 
+use crate::simulated::PerfectBits;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -75,6 +76,19 @@ impl Trace {
         let settling = if is_uniform { 0 } else { pages / 4 };
         let settle = (0..settling).map(|_| draw.page()).collect();
         Self { fill, settle, touches: (0..touches).map(|_| draw.page()).collect() }
+    }
+
+    /// The share of the touches that find their page in memory for so many pages, with perfect reference bits.
+    /// None if all pages are used alike.
+    pub(crate) fn hits_with_perfect_bits(&self, resident: usize) -> Option<f64> {
+        if self.settle.is_empty() {
+            return None;
+        }
+        let mut memory = PerfectBits::new(resident);
+        let mut hits = |pages: &[u32]| pages.iter().filter(|&&page| memory.touch(u64::from(page))).count();
+        hits(&self.fill);
+        hits(&self.settle);
+        Some(hits(&self.touches) as f64 / self.touches.len() as f64)
     }
 }
 

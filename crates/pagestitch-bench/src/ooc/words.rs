@@ -13,7 +13,7 @@ use std::ptr::NonNull;
 use std::slice;
 
 /// Memory with the pages of [`write_pages`](super::write_pages), which its owner keeps for `'r`.
-pub(super) struct Words<'r> {
+pub(crate) struct Words<'r> {
     start: NonNull<u64>,
     pages: usize,
     /// True if the memory is a mapping of this value's.
@@ -30,7 +30,7 @@ pub(super) enum Advice {
 }
 
 impl<'r> Words<'r> {
-    pub(super) fn of(region: &'r SharedRegion) -> Self {
+    pub(crate) fn of(region: &'r SharedRegion) -> Self {
         Self::owned(region.as_ptr(), region.len())
     }
 
@@ -84,7 +84,7 @@ impl Words<'_> {
     }
 
     /// The word `word` of a page, which another thread may write meanwhile.
-    pub(super) fn word(&self, page: u32, word: usize) -> u64 {
+    pub(crate) fn word(&self, page: u32, word: usize) -> u64 {
         let place = self.place(page, word);
         // SAFETY: the word is inside of the memory, which lives as long as `self`.
         #[expect(unsafe_code, reason = "a read of mapped memory")]
@@ -94,7 +94,7 @@ impl Words<'_> {
     }
 
     /// Writes the word `word` of a page of writable memory. No other thread reads or writes this word.
-    pub(super) fn write(&self, page: u32, word: usize, value: u64) {
+    pub(crate) fn write(&self, page: u32, word: usize, value: u64) {
         let place = self.place(page, word);
         // SAFETY: the word is inside of the memory, which lives as long as `self`, and is writable.
         #[expect(unsafe_code, reason = "a write to mapped memory")]
@@ -120,7 +120,8 @@ impl Words<'_> {
         assert!(page < self.pages);
         let start = self.start.as_ptr().cast_const().wrapping_add(page * WORDS);
         // SAFETY: the page is inside of the memory, which lives as long as `self`. No thread writes to the
-        // memory of a reader, and no process to the file meanwhile, so a page that leaves comes back with the same bytes.
+        // memory of a reader, and no process to the file meanwhile, so a page that leaves comes back with the
+        // same bytes.
         #[expect(unsafe_code, reason = "a slice of mapped memory")]
         unsafe {
             slice::from_raw_parts(start, WORDS)

@@ -157,7 +157,7 @@ impl<S: Store> State<S> {
 }
 
 /// Registered memory without huge pages, whose pages may leave.
-fn reserve(
+pub(super) fn reserve(
     pages: usize,
     access: Access,
     features: Features,
@@ -169,7 +169,7 @@ fn reserve(
     let uffd = Uffd::open(features).expect("a userfaultfd");
     uffd.register(&reservation, RegisterMode::MISSING | modes).expect("registering");
     reservation.use_small_pages();
-    // SAFETY: a page that leaves comes back with the bytes of its store, which takes those of a written page.
+    // SAFETY: a page that leaves comes back with the bytes of its file or store, which takes those of a written page.
     // The arena's bytes are read between a move and its end only.
     #[expect(unsafe_code, reason = "the promise that Evictable asks for")]
     let evictable = unsafe { Evictable::new(reservation) };
