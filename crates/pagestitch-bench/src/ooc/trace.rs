@@ -142,6 +142,7 @@ const SPREAD: usize = 2_654_435_761;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
 
     #[test]
     fn a_miss_touches_a_page_that_no_touch_before_has_brought() {
@@ -166,5 +167,17 @@ mod tests {
         let both = Trace::new(Pattern::ScanAndHotSet, (4096, 1024), 1000, 1);
         let scan: Vec<u32> = both.touches.iter().skip(1).step_by(2).copied().collect();
         assert!(scan.windows(2).all(|pair| pair[1] == (pair[0] + 1) % 4096), "{scan:?}");
+    }
+
+    #[test]
+    fn the_hits_of_perfect_bits_are_those_of_the_measured_touches() {
+        let trace = |pattern| Trace::new(pattern, (4096, 1024), 4000, 1);
+        assert_eq!(trace(Pattern::Random).hits_with_perfect_bits(1024), None);
+        let zipf = trace(Pattern::Zipf);
+        let before: HashSet<u32> = zipf.fill.iter().chain(&zipf.settle).copied().collect();
+        let new: HashSet<&u32> = zipf.touches.iter().filter(|page| !before.contains(page)).collect();
+        assert_eq!(zipf.hits_with_perfect_bits(8192), Some((4000 - new.len()) as f64 / 4000.0));
+        let scanned = trace(Pattern::ScanAndHotSet).hits_with_perfect_bits(1024).unwrap();
+        assert!((0.3..0.5).contains(&scanned), "half of the touches scan, and few of them hit: {scanned}");
     }
 }
