@@ -10,6 +10,7 @@
 //! | `S3-FIFO, bits` | a perfect reference bit for each page |
 //! | `LRU` | each touch |
 
+use pagestitch_bench::simulated::PerfectBits;
 use replacement::{PageKey, Replacement, S3Fifo};
 use sampling::Sampling;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -33,7 +34,7 @@ fn main() {
             ("S3-FIFO", Box::new(Standby::new(policy(), Some(Sampling::new(WAITING))))),
             ("S3-FIFO, all", Box::new(Standby::new(policy(), None))),
             ("FIFO", Box::new(Standby::new(Fifo::default(), None))),
-            ("S3-FIFO, bits", Box::new(WithBits::default())),
+            ("S3-FIFO, bits", Box::new(PerfectBits::new(MEMORY))),
             ("LRU", Box::new(Lru::default())),
         ];
         for (policy, mut cache) in caches {
@@ -164,64 +165,9 @@ impl Replacement for Fifo {
     fn forget(&mut self, _is_gone: &dyn Fn(PageKey) -> bool) {}
 }
 
-/// S3-FIFO as its authors describe it: a page that was touched in the small queue moves on to the main one,
-/// and one that was touched in the main queue begins there anew.
-#[derive(Debug, Default)]
-struct WithBits {
-    small: VecDeque<PageKey>,
-    main: VecDeque<PageKey>,
-    /// The touches of each page in memory since it came, 3 at most.
-    touches: HashMap<PageKey, u8>,
-    ghosts: VecDeque<PageKey>,
-    is_ghost: HashSet<PageKey>,
-}
-
-impl WithBits {
-    fn drop_one(&mut self) {
-        while self.small.len() >= MEMORY / 10 {
-            let page = self.small.pop_front().expect("the queue is long");
-            if self.touches[&page] > 0 {
-                self.touches.insert(page, 0);
-                self.main.push_back(page);
-                continue;
-            }
-            self.touches.remove(&page);
-            self.ghosts.push_back(page);
-            self.is_ghost.insert(page);
-            if self.ghosts.len() > MEMORY {
-                let oldest = self.ghosts.pop_front().expect("there are ghosts");
-                self.is_ghost.remove(&oldest);
-            }
-            return;
-        }
-        while let Some(page) = self.main.pop_front() {
-            match self.touches[&page] {
-                0 => {
-                    self.touches.remove(&page);
-                    return;
-                }
-                count => {
-                    self.touches.insert(page, count - 1);
-                    self.main.push_back(page);
-                }
-            }
-        }
-    }
-}
-
-impl Cache for WithBits {
+impl Cache for PerfectBits {
     fn touch(&mut self, page: PageKey) -> Touched {
-        if let Some(touches) = self.touches.get_mut(&page) {
-            *touches = (*touches + 1).min(3);
-            return Touched::Resident;
-        }
-        if self.touches.len() >= MEMORY {
-            self.drop_one();
-        }
-        self.touches.insert(page, 0);
-        let queue = if self.is_ghost.remove(&page) { &mut self.main } else { &mut self.small };
-        queue.push_back(page);
-        Touched::Missing
+        if Self::touch(self, page) { Touched::Resident } else { Touched::Missing }
     }
 }
 

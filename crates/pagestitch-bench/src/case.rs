@@ -115,6 +115,12 @@ pub(crate) struct Sample {
     pub(crate) reads: Option<f64>,
     /// The share of the touches that bring a page back from the standby list.
     pub(crate) soft_faults: Option<f64>,
+    /// The share of the touches that wait for no read, divided by that of a policy with perfect reference bits.
+    pub(crate) of_perfect_bits: Option<f64>,
+    /// The most bytes of memory that the process had, seen from outside.
+    pub(crate) resident_bytes: Option<u64>,
+    /// The bytes that they may be.
+    pub(crate) resident_limit: Option<u64>,
 }
 
 impl Sample {

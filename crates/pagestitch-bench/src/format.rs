@@ -37,6 +37,16 @@ pub(crate) fn count(count: usize, one: &str) -> String {
     format!("{count} {one}{}", if count == 1 { "" } else { "s" })
 }
 
+/// Three digits.
+pub(crate) fn digits(figure: f64) -> String {
+    match figure {
+        figure if figure >= 99.95 => format!("{figure:.0}"),
+        figure if figure >= 9.995 => format!("{figure:.1}"),
+        figure if figure >= 0.9995 => format!("{figure:.2}"),
+        figure => format!("{figure:.3}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,5 +67,13 @@ mod tests {
     #[test]
     fn a_count_has_its_plural() {
         assert_eq!([0, 1, 2].map(|rounds| count(rounds, "round")), ["0 rounds", "1 round", "2 rounds"]);
+    }
+
+    #[test]
+    fn a_figure_has_three_digits() {
+        assert_eq!(
+            [0.0421, 0.99949, 1.5, 9.99, 34.06, 278.4].map(digits),
+            ["0.042", "0.999", "1.50", "9.99", "34.1", "278"]
+        );
     }
 }

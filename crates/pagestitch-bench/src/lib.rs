@@ -12,13 +12,14 @@
 //! | `prototypes` | the least that a program can do to fill pages: a limit of each way to serve |
 //! | `hot` | bytes in the processor's caches, and touches of memory that repeats them |
 //! | `systems`, `manual_page` | the systems that workloads compare, and their data |
+//! | [`simulated`] | a replacement policy with perfect reference bits |
 //! | `team` | work of several threads at once |
 //! | `case` | one system at one point, and the sample of one run |
 //! | [`row`] | a result: one line of a table, one JSON object |
 //! | [`touch`] | first touches, each of them timed |
 //! | [`environment`] | the machine of a measurement |
 //! | [`threads`] | the numbers of threads of a measurement |
-//! | `measure`, `format`, `date`, `affinity` | clocks, formatted times, the date, pinned threads |
+//! | `measure`, `format`, `bound`, `date`, `affinity` | clocks, formatted times, bounds of figures, the date, pinned threads |
 //! | `child` | the program started again, as a process that a round measures |
 //!
 //! The ratios are the lasting result of a measurement. In each round every case runs once, right
@@ -26,6 +27,7 @@
 //! baseline *of the same round*. Absolute times hold for one machine at one moment.
 
 mod affinity;
+mod bound;
 mod case;
 mod child;
 mod date;
@@ -41,6 +43,7 @@ mod prototypes;
 pub mod report;
 pub mod row;
 pub mod runner;
+pub mod simulated;
 mod systems;
 mod team;
 pub mod threads;

@@ -59,6 +59,13 @@ pub struct Row {
     pub reads: Option<f64>,
     /// The share of the touches that bring a page back from the standby list, if counted.
     pub soft_faults: Option<f64>,
+    /// The share of the touches that wait for no read, divided by that of S3-FIFO with perfect reference bits,
+    /// simulated on the same touches and in as much memory.
+    pub of_perfect_bits: Option<f64>,
+    /// The most bytes of anonymous memory that the process had, if another process has looked every 10 ms.
+    pub resident_bytes: Option<u64>,
+    /// The bytes that they may be: the budget, and a block for each worker and each thread that touches.
+    pub resident_limit: Option<u64>,
     /// The baseline of `ratio`: a system, with its point if that is another one.
     pub baseline: Option<String>,
     /// The time of this system (p50 if there is one) divided by the time of the baseline. Below 1
@@ -75,6 +82,11 @@ impl Row {
     #[must_use]
     pub fn key(&self) -> (&str, &str, &str) {
         (&self.workload, &self.point, &self.system)
+    }
+
+    /// The ratio of its time to that of a baseline: the median of the ratios of the rounds.
+    pub(crate) fn time_ratio(&self, baseline: &str) -> Option<f64> {
+        self.ratios.iter().find(|(name, _)| name == baseline).map(|(_, ratio)| *ratio)
     }
 
     /// True if some of the threads that touch share a CPU.

@@ -86,6 +86,12 @@ impl Data {
         ManualPage::bounded(self.plain.clone(), Some(cpu), most)
     }
 
+    /// The bytes of a page.
+    pub(crate) fn bytes_of_page(&self, page: usize) -> &[u8] {
+        let offset = page * PAGE;
+        &self.plain[offset / CHUNK][offset % CHUNK..][..PAGE]
+    }
+
     /// The byte that a chunk repeats.
     pub(crate) fn byte_at(&self, offset: usize) -> u8 {
         self.plain[offset / CHUNK][0]

@@ -1,7 +1,7 @@
 //! Throughput and processor time by the number of threads.
 
 use super::rows::Rows;
-use crate::format::count;
+use crate::format::{count, digits};
 use crate::row::Row;
 use crate::workloads::scaling::{
     BARE, DEFAULTS, EAGER, EAGER_HUGE, INLINE, OWN_CPUS, RANDOM, SEQUENTIAL, ZERO,
@@ -31,16 +31,6 @@ pub(super) fn table(rows: &Rows<'_>) -> String {
         text += "\n*: more threads than CPUs\n";
     }
     text
-}
-
-/// Three digits.
-pub(super) fn digits(figure: f64) -> String {
-    match figure {
-        figure if figure >= 99.95 => format!("{figure:.0}"),
-        figure if figure >= 9.995 => format!("{figure:.1}"),
-        figure if figure >= 0.9995 => format!("{figure:.2}"),
-        figure => format!("{figure:.3}"),
-    }
 }
 
 const MILLIONS: fn(&Row) -> f64 = |row| row.faults_per_s / 1e6;
@@ -117,16 +107,3 @@ const LINES: [Line; 32] = [
     Line("the kernel's page of zeros, then the sum", ZERO, SEQUENTIAL, GIB),
     Line(ITS_CPU, ZERO, SEQUENTIAL, CPU),
 ];
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_figure_has_three_digits() {
-        assert_eq!(
-            [0.0421, 0.99949, 1.5, 9.99, 34.06, 278.4].map(digits),
-            ["0.042", "0.999", "1.50", "9.99", "34.1", "278"]
-        );
-    }
-}

@@ -33,14 +33,10 @@ impl<'a> Rows<'a> {
 
 /// The ratio of the time of a row to that of a baseline: the median of the ratios of the rounds.
 pub(super) fn time_ratio(row: &Row, baseline: &str) -> Option<f64> {
-    of(&row.ratios, baseline)
+    row.time_ratio(baseline)
 }
 
 /// The ratio of the processor times, as [`time_ratio`].
 pub(super) fn cpu_ratio(row: &Row, baseline: &str) -> Option<f64> {
-    of(&row.cpu_ratios, baseline)
-}
-
-fn of(ratios: &[(String, f64)], baseline: &str) -> Option<f64> {
-    ratios.iter().find(|(name, _)| name == baseline).map(|(_, ratio)| *ratio)
+    row.cpu_ratios.iter().find(|(name, _)| name == baseline).map(|(_, ratio)| *ratio)
 }

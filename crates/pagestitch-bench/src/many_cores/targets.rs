@@ -1,7 +1,8 @@
 //! Ratios in one run, each with its target.
 
-use super::figures::digits;
 use super::rows::{Rows, cpu_ratio, time_ratio};
+use crate::bound::Bound;
+use crate::format::digits;
 use crate::row::Row;
 use crate::workloads::restore::{MAPPING, PLAIN};
 use crate::workloads::scaling::{BARE, DEFAULTS, INLINE, OWN_CPUS, RANDOM, SEQUENTIAL};
@@ -15,21 +16,11 @@ struct Target {
     bound: Bound,
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Bound {
-    AtLeast(f64),
-    AtMost(f64),
-}
-
 /// The targets, in Markdown.
 pub(super) fn table(rows: &Rows<'_>) -> String {
     let mut text = format!("| CPUs | figure | {} CPUs | target | |\n|---|---|---|---|---|\n", rows.cpus());
     for Target { cpus, about, figure, bound } in &TARGETS {
         let figure = figure(rows);
-        let (sign, target) = match bound {
-            Bound::AtLeast(target) => (">=", target),
-            Bound::AtMost(target) => ("<=", target),
-        };
         let verdict = match figure {
             _ if rows.cpus() < *cpus => "not measured: too few CPUs",
             _ if rows.cpus() >= MANY && *cpus < MANY => "a target of few CPUs",
@@ -40,18 +31,9 @@ pub(super) fn table(rows: &Rows<'_>) -> String {
         let figure = figure.map_or_else(|| String::from("-"), digits);
         let others = crowd(rows).map_or("many", |row| row.point.as_str());
         let about = about.replace(OTHERS, others);
-        text += &format!("| {cpus} | {about} | {figure} | {sign} {target} | {verdict} |\n");
+        text += &format!("| {cpus} | {about} | {figure} | {bound} | {verdict} |\n");
     }
     text
-}
-
-impl Bound {
-    fn holds(self, figure: f64) -> bool {
-        match self {
-            Self::AtLeast(target) => figure >= target,
-            Self::AtMost(target) => figure <= target,
-        }
-    }
 }
 
 /// The throughput of a system divided by that of another, at so many threads.

@@ -1,5 +1,6 @@
 //! Plain reads around the page cache, without a mapping.
 
+use crate::prototypes::direct::Block;
 use crate::systems::PAGE;
 use nix::libc::O_DIRECT;
 use std::fs::File;
@@ -12,10 +13,6 @@ pub(super) struct DirectReads {
     file: File,
     pages: usize,
 }
-
-/// Memory for a page, as the disk takes it.
-#[repr(align(4096))]
-struct Block([u8; PAGE]);
 
 impl DirectReads {
     /// Opens a file. Where the file system has no reads around the page cache, they pass through it.
@@ -30,13 +27,17 @@ impl DirectReads {
         self.pages
     }
 
+    /// Reads a page.
+    pub(super) fn read(&self, page: usize, block: &mut Block) -> io::Result<()> {
+        self.file.read_exact_at(&mut block.0, (page * PAGE) as u64)
+    }
+
     /// Reads pages one by one. True if each has the bytes that were written.
     pub(super) fn are_right(&self, pages: &[u32]) -> bool {
         let mut block = Block([0; PAGE]);
         pages.iter().all(|&page| {
-            let read = self.file.read_exact_at(&mut block.0, u64::from(page) * PAGE as u64);
             let word = (u64::from(page) + 1).to_ne_bytes();
-            read.is_ok() && block.0.chunks_exact(8).all(|bytes| bytes == word)
+            self.read(page as usize, &mut block).is_ok() && block.0.chunks_exact(8).all(|bytes| bytes == word)
         })
     }
 }

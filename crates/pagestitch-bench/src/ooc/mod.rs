@@ -5,14 +5,18 @@
 //!
 //! | file | content |
 //! |---|---|
+//! | `resident` | the memory of a reader, seen from outside |
 //! | `trace` | the order of the touches |
 //! | `cgroup` | memory cgroups, of both versions |
 //! | `direct` | plain reads around the page cache |
+//! | `memory` | writers of memory larger than its budget, in this process |
 //! | `writing` | touches half of which write |
 //! | `words` | the words of a mapped file, or of a region |
 
 mod cgroup;
 mod direct;
+pub(crate) mod memory;
+mod resident;
 mod trace;
 mod words;
 mod writing;
@@ -20,14 +24,18 @@ mod writing;
 use crate::case::Sample;
 use crate::child;
 use crate::measure::{processor_time, timed};
-use crate::systems::PAGE;
+use crate::prototypes::direct::{Block, BoundedFile};
+use crate::systems::{HUGE_PAGE, PAGE};
 use crate::team::{at_once, in_parts, parts};
+use crate::threads::cpus;
 use cgroup::Cgroup;
 use direct::DirectReads;
 use nix::sys::mman::ProtFlags;
 use nix::sys::resource::{UsageWho, getrusage};
 use pagestitch::source::{FileSource, WritableFile};
-use pagestitch::{Budget, Chunk, Error, ErrorKind, Inline, Pool, Region, Server, SharedRegion, WriteBack};
+use pagestitch::{
+    Budget, Chunk, Error, ErrorKind, Inline, Metrics, Pool, Region, Server, SharedRegion, WriteBack,
+};
 use serde::{Deserialize, Serialize};
 use std::env;
 use std::fs::File;
@@ -36,11 +44,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Stdio, exit};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use words::{Advice, Words};
+use words::Advice;
 use writing::{Writer, check_and_restore};
 
 pub(crate) use cgroup::has_cgroups;
 pub(crate) use trace::{Pattern, Trace};
+pub(crate) use words::Words;
 
 /// The way to the bytes of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +64,8 @@ pub(crate) enum Way {
     Inline,
     /// Reads of single pages into a buffer, around the page cache: the most that the disk gives.
     DirectReads,
+    /// The prototype: the same reads by the threads that touch, into memory with a bound.
+    Prototype,
     /// A plain `mmap`, with the kernel's readahead.
     Mmap,
     /// A plain `mmap`, advised of random reads.
@@ -81,9 +92,50 @@ pub(crate) struct ReadTask {
 struct Figures {
     ns: u64,
     processor_ns: u64,
-    /// The share of the touches that read the file.
+    /// The share of the touches that read the file, with the pages that are read ahead.
     reads: f64,
+    /// The share of the touches that wait for a read of the file.
+    waits: f64,
     soft_faults: Option<f64>,
+    /// The bytes of the budget, and of a block for each thread, if there is a budget.
+    budget: Option<(u64, u64)>,
+}
+
+/// The counts of a region with a budget.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Counts {
+    reads: u64,
+    /// Faults whose page was neither there nor on the standby list.
+    waits: u64,
+    soft_faults: u64,
+}
+
+/// The shares of touches.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shares {
+    /// Those that read their source, with the pages that are read ahead.
+    pub(crate) reads: f64,
+    /// Those that wait for a read.
+    pub(crate) waits: f64,
+    /// Those that bring a page back from the standby list.
+    pub(crate) soft_faults: f64,
+}
+
+impl Counts {
+    pub(crate) fn of(metrics: &Metrics, budget: &Budget) -> Self {
+        let soft_faults = budget.metrics().soft_faults;
+        let waits = metrics.faults.saturating_sub(metrics.faults_spurious + soft_faults);
+        Self { reads: metrics.pages_installed(), waits, soft_faults }
+    }
+
+    pub(crate) fn since(self, before: Self, touches: usize) -> Shares {
+        let share = |of: fn(&Self) -> u64| of(&self).saturating_sub(of(&before)) as f64 / touches as f64;
+        Shares {
+            reads: share(|counts| counts.reads),
+            waits: share(|counts| counts.waits),
+            soft_faults: share(|counts| counts.soft_faults),
+        }
+    }
 }
 
 /// Runs as a reader and exits, if this process was started as one.
@@ -105,10 +157,15 @@ pub(crate) fn measure(task: &ReadTask, pages: usize) -> Sample {
     command.env(TASK_VARIABLE, serde_json::to_string(task).expect("a task"));
     command.env(cgroup::VARIABLE, cgroup.folder()).stdout(Stdio::piped());
     let mut reader = command.spawn().expect("a reader");
+    let mut pipe = reader.stdout.take().expect("a pipe");
+    let resident = resident::most_until(&pipe, reader.id());
     let mut said = Vec::new();
-    reader.stdout.take().expect("a pipe").read_to_end(&mut said).expect("a reader that speaks");
+    pipe.read_to_end(&mut said).expect("a reader that speaks");
     assert!(reader.wait().expect("a reader that ends").success(), "the reader has failed: {task:?}");
     let figures: Figures = serde_json::from_slice(&said).expect("figures");
+    let hits_at_best = figures
+        .budget
+        .and_then(|(budget, _)| task.trace(pages).hits_with_perfect_bits(budget as usize / PAGE));
     Sample {
         time: Duration::from_nanos(figures.ns),
         processor: Duration::from_nanos(figures.processor_ns),
@@ -116,6 +173,9 @@ pub(crate) fn measure(task: &ReadTask, pages: usize) -> Sample {
         bytes: (task.pattern.touches(pages, task.touches) * PAGE) as u64,
         reads: Some(figures.reads),
         soft_faults: figures.soft_faults,
+        of_perfect_bits: hits_at_best.map(|hits| (1.0 - figures.waits) / hits),
+        resident_bytes: resident.filter(|_| figures.budget.is_some()),
+        resident_limit: figures.budget.map(|(budget, blocks)| budget + blocks),
         ..Sample::default()
     }
 }
@@ -134,6 +194,7 @@ impl ReadTask {
             Way::RegionDirect => self.read_region(self.direct_file(), &pool()),
             Way::InlineDirect => self.read_region(self.direct_file(), Inline),
             Way::Inline => self.read_region(FileSource::open(&self.file), Inline),
+            Way::Prototype => self.read_prototype(),
             Way::Mmap => self.read_mmap(Advice::Normal),
             Way::MmapRandom => self.read_mmap(Advice::Random),
             Way::MmapSequential => self.read_mmap(Advice::Sequential),
@@ -185,13 +246,14 @@ impl ReadTask {
 
     /// The figures of touches of a region.
     fn figures(&self, region: &SharedRegion, budget: &Budget, touch: impl FnOnce() -> (u64, u64)) -> Figures {
-        let before = (region.metrics().pages_installed(), budget.metrics().soft_faults);
+        let before = Counts::of(&region.metrics(), budget);
         let (ns, processor_ns) = touch();
-        let (reads, soft) = (region.metrics().pages_installed(), budget.metrics().soft_faults);
-        let share =
-            |count: u64| count as f64 / self.pattern.touches(region.len() / PAGE, self.touches) as f64;
-        let (reads, soft_faults) = (share(reads - before.0), Some(share(soft - before.1)));
-        Figures { ns, processor_ns, reads, soft_faults }
+        let after = Counts::of(&region.metrics(), budget);
+        let shares = after.since(before, self.pattern.touches(region.len() / PAGE, self.touches));
+        let Shares { reads, waits, soft_faults } = shares;
+        let blocks = (cpus() + self.threads.max(WARMERS)) * HUGE_PAGE;
+        let budget = Some((budget.limit(), blocks as u64));
+        Figures { ns, processor_ns, reads, waits, soft_faults: Some(soft_faults), budget }
     }
 
     /// Reads pages into a buffer, without a mapping.
@@ -199,7 +261,26 @@ impl ReadTask {
         let file = DirectReads::open(&self.file).expect("the file");
         let trace = self.trace(file.pages());
         let (ns, processor_ns) = self.each_part(&trace, |part| file.are_right(part));
-        Figures { ns, processor_ns, reads: 1.0, soft_faults: None }
+        Figures { ns, processor_ns, reads: 1.0, waits: 1.0, soft_faults: None, budget: None }
+    }
+
+    /// Reads pages into memory with a bound, without a page table, a policy or a counter.
+    fn read_prototype(&self) -> Figures {
+        let file = DirectReads::open(&self.file).expect("the file");
+        let pages = file.pages();
+        let trace = self.trace(pages);
+        let most = self.budget().limit() as usize / PAGE;
+        let read = |page: usize, block: &mut Block| file.read(page, block).expect("a page of the file");
+        let memory = BoundedFile::new(read, pages, most, self.threads);
+        memory.serve(|| {
+            let words = Words::of_view(memory.view(), pages * PAGE);
+            warm(&words, &trace.fill);
+            warm(&words, &trace.settle);
+            let before = memory.fills();
+            let (ns, processor_ns) = self.touch(&words, &trace);
+            let reads = (memory.fills() - before) as f64 / trace.touches.len() as f64;
+            Figures { ns, processor_ns, reads, waits: reads, soft_faults: None, budget: None }
+        })
     }
 
     fn read_mmap(&self, advice: Advice) -> Figures {
@@ -278,7 +359,7 @@ fn with_major_faults(trace: &Trace, touch: impl FnOnce() -> (u64, u64)) -> Figur
     let before = major_faults();
     let (ns, processor_ns) = touch();
     let reads = (major_faults() - before) as f64 / trace.touches.len() as f64;
-    Figures { ns, processor_ns, reads, soft_faults: None }
+    Figures { ns, processor_ns, reads, waits: reads, soft_faults: None, budget: None }
 }
 
 /// True if written pages of a region with a budget can go back to their source on this kernel.
@@ -297,8 +378,8 @@ fn major_faults() -> i64 {
     getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.major_page_faults())
 }
 
-/// Writes a file whose page `n` has the word `n + 1` all over, and has the kernel write it to the disk.
-pub(crate) fn write_pages(file: &mut File, pages: usize) -> io::Result<()> {
+/// Writes pages of which each word of page `n` is `n + 1`.
+pub(crate) fn write_pages(file: &mut impl Write, pages: usize) -> io::Result<()> {
     let mut block = Vec::with_capacity(BLOCK * PAGE);
     for first in (0..pages).step_by(BLOCK) {
         block.clear();
@@ -307,7 +388,7 @@ pub(crate) fn write_pages(file: &mut File, pages: usize) -> io::Result<()> {
         }
         file.write_all(&block)?;
     }
-    file.sync_all()
+    Ok(())
 }
 
 const BLOCK: usize = 256;

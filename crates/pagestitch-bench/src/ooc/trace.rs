@@ -1,5 +1,6 @@
 //! The order in which pages are touched.
 
+use crate::simulated::PerfectBits;
 use crate::zipf::Zipf;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -77,6 +78,19 @@ impl Trace {
         let settle = (0..settling).map(|_| draw.page()).collect();
         Self { fill, settle, touches: (0..touches).map(|_| draw.page()).collect() }
     }
+
+    /// The share of the touches that find their page in memory for so many pages, with perfect reference bits.
+    /// None if all pages are used alike.
+    pub(crate) fn hits_with_perfect_bits(&self, resident: usize) -> Option<f64> {
+        if self.settle.is_empty() {
+            return None;
+        }
+        let mut memory = PerfectBits::new(resident);
+        let mut hits = |pages: &[u32]| pages.iter().filter(|&&page| memory.touch(u64::from(page))).count();
+        hits(&self.fill);
+        hits(&self.settle);
+        Some(hits(&self.touches) as f64 / self.touches.len() as f64)
+    }
 }
 
 /// So many of the pages, in any order, each once.
@@ -127,6 +141,7 @@ const SPREAD: usize = 2_654_435_761;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
 
     #[test]
     fn a_miss_touches_a_page_that_no_touch_before_has_brought() {
@@ -151,5 +166,17 @@ mod tests {
         let both = Trace::new(Pattern::ScanAndHotSet, (4096, 1024), 1000, 1);
         let scan: Vec<u32> = both.touches.iter().skip(1).step_by(2).copied().collect();
         assert!(scan.windows(2).all(|pair| pair[1] == (pair[0] + 1) % 4096), "{scan:?}");
+    }
+
+    #[test]
+    fn the_hits_of_perfect_bits_are_those_of_the_measured_touches() {
+        let trace = |pattern| Trace::new(pattern, (4096, 1024), 4000, 1);
+        assert_eq!(trace(Pattern::Random).hits_with_perfect_bits(1024), None);
+        let zipf = trace(Pattern::Zipf);
+        let before: HashSet<u32> = zipf.fill.iter().chain(&zipf.settle).copied().collect();
+        let new: HashSet<&u32> = zipf.touches.iter().filter(|page| !before.contains(page)).collect();
+        assert_eq!(zipf.hits_with_perfect_bits(8192), Some((4000 - new.len()) as f64 / 4000.0));
+        let scanned = trace(Pattern::ScanAndHotSet).hits_with_perfect_bits(1024).unwrap();
+        assert!((0.3..0.5).contains(&scanned), "half of the touches scan, and few of them hit: {scanned}");
     }
 }

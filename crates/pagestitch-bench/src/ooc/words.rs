@@ -5,19 +5,20 @@ use crate::systems::PAGE;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::mman::{MapFlags, MmapAdvise, MsFlags, ProtFlags, madvise, mmap, msync, munmap};
 use pagestitch::SharedRegion;
+use pagestitch_kernel::StableView;
 use std::fs::File;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::slice;
 
-/// Memory with the pages of [`write_pages`](super::write_pages).
-pub(super) struct Words<'r> {
+/// Memory with the pages of [`write_pages`](super::write_pages), which its owner keeps for `'r`.
+pub(crate) struct Words<'r> {
     start: NonNull<u64>,
     pages: usize,
     /// True if the memory is a mapping of this value's.
     is_mapped: bool,
-    region: PhantomData<&'r SharedRegion>,
+    owner: PhantomData<&'r ()>,
 }
 
 /// Advice for a mapping.
@@ -29,13 +30,17 @@ pub(super) enum Advice {
 }
 
 impl<'r> Words<'r> {
-    pub(super) fn of(region: &'r SharedRegion) -> Self {
-        Self {
-            start: region.as_ptr().cast(),
-            pages: region.len() / PAGE,
-            is_mapped: false,
-            region: PhantomData,
-        }
+    pub(crate) fn of(region: &'r SharedRegion) -> Self {
+        Self::owned(region.as_ptr(), region.len())
+    }
+
+    /// The words of a view. No slice of it exists if they are written.
+    pub(super) fn of_view(view: &'r StableView, bytes: usize) -> Self {
+        Self::owned(view.as_ptr(), bytes)
+    }
+
+    const fn owned(start: NonNull<u8>, bytes: usize) -> Self {
+        Self { start: start.cast(), pages: bytes / PAGE, is_mapped: false, owner: PhantomData }
     }
 }
 
@@ -47,7 +52,7 @@ impl Words<'_> {
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0) };
         let start = start.expect("a mapping").cast();
-        Self { start, pages: bytes / PAGE, is_mapped: true, region: PhantomData }
+        Self { start, pages: bytes / PAGE, is_mapped: true, owner: PhantomData }
     }
 
     pub(super) const fn pages(&self) -> usize {
@@ -79,7 +84,7 @@ impl Words<'_> {
     }
 
     /// The word `word` of a page, which another thread may write meanwhile.
-    pub(super) fn word(&self, page: u32, word: usize) -> u64 {
+    pub(crate) fn word(&self, page: u32, word: usize) -> u64 {
         let place = self.place(page, word);
         // SAFETY: the word is inside of the memory, which lives as long as `self`.
         #[expect(unsafe_code, reason = "a read of mapped memory")]
@@ -89,7 +94,7 @@ impl Words<'_> {
     }
 
     /// Writes the word `word` of a page of writable memory. No other thread reads or writes this word.
-    pub(super) fn write(&self, page: u32, word: usize, value: u64) {
+    pub(crate) fn write(&self, page: u32, word: usize, value: u64) {
         let place = self.place(page, word);
         // SAFETY: the word is inside of the memory, which lives as long as `self`, and is writable.
         #[expect(unsafe_code, reason = "a write to mapped memory")]
@@ -115,7 +120,8 @@ impl Words<'_> {
         assert!(page < self.pages);
         let start = self.start.as_ptr().cast_const().wrapping_add(page * WORDS);
         // SAFETY: the page is inside of the memory, which lives as long as `self`. No thread writes to the
-        // memory of a reader, and no process to the file meanwhile, so a page that leaves comes back with the same bytes.
+        // memory of a reader, and no process to the file meanwhile, so a page that leaves comes back with the
+        // same bytes.
         #[expect(unsafe_code, reason = "a slice of mapped memory")]
         unsafe {
             slice::from_raw_parts(start, WORDS)

@@ -2,7 +2,7 @@
 
 use super::words::Words;
 use crate::systems::PAGE;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -38,23 +38,39 @@ impl Writer {
 /// Compares all bytes of the written pages with those of the file, and writes the bytes that the file had
 /// before. False if a word differs. Has one page in memory at a time, because the memory of the reader is limited.
 pub(super) fn check_and_restore(file: &File, writers: &[Writer]) -> io::Result<bool> {
-    let mut written = Vec::new();
-    for Writer { word, written: words } in writers {
-        written.extend(words.iter().map(|(&page, &value)| (page, *word, value)));
-    }
-    written.sort_unstable();
     let (mut bytes, mut is_right) = ([0; PAGE], true);
-    for words in written.chunk_by(|one, other| one.0 == other.0) {
-        let (page, mut expected) = (words[0].0, [value_of(words[0].0); PAGE / 8]);
+    for (page, expected) in written_pages(writers) {
         let offset = u64::from(page) * PAGE as u64;
         file.read_exact_at(&mut bytes, offset)?;
-        let before = of_words(expected);
-        words.iter().for_each(|&(_, word, value)| expected[word] = value);
         is_right &= bytes == *of_words(expected);
-        file.write_all_at(&before, offset)?;
+        file.write_all_at(&of_words([value_of(page); PAGE / 8]), offset)?;
     }
     file.sync_data()?;
     Ok(is_right)
+}
+
+/// True if all written pages have their bytes, according to `read`, which reads a page.
+pub(super) fn are_written(writers: &[Writer], read: impl Fn(usize, &mut [u8])) -> bool {
+    let mut bytes = [0; PAGE];
+    written_pages(writers).all(|(page, expected)| {
+        read(page as usize, &mut bytes);
+        bytes == *of_words(expected)
+    })
+}
+
+/// The written pages, each with its words.
+fn written_pages(writers: &[Writer]) -> impl Iterator<Item = (u32, [u64; PAGE / 8])> {
+    let mut written = BTreeMap::new();
+    for Writer { word, written: words } in writers {
+        for (&page, &value) in words {
+            written.entry(page).or_insert_with(Vec::new).push((*word, value));
+        }
+    }
+    written.into_iter().map(|(page, words)| {
+        let mut expected = [value_of(page); PAGE / 8];
+        words.into_iter().for_each(|(word, value)| expected[word] = value);
+        (page, expected)
+    })
 }
 
 /// The word of which a page of the file consists.

@@ -1,18 +1,23 @@
 //! The bare SIGBUS handler, in which the touching thread fills its page.
 
-use super::parts::Parts;
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+/// Memory whose pages a signal handler fills.
+pub(super) trait Fills: Sync {
+    /// Fills the page at an address. False if the address is not in this memory.
+    fn fill_at(&self, address: usize) -> bool;
+}
+
 /// Runs `work` while its threads fill the pages that they touch, with some signals masked meanwhile. One
 /// memory has the handler at a time.
-pub(super) fn serve<T>(parts: &Parts, masked: SigSet, work: impl FnOnce() -> T) -> T {
+pub(super) fn serve<T>(memory: &dyn Fills, masked: SigSet, work: impl FnOnce() -> T) -> T {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    MEMORY.store(ptr::from_ref(parts).cast_mut(), Ordering::Release);
+    MEMORY.store(ptr::from_ref(&memory).cast_mut().cast(), Ordering::Release);
     let flags = SaFlags::SA_SIGINFO | SaFlags::SA_NODEFER;
     let _installed = Installed::new(&SigAction::new(SigHandler::SigAction(on_bus), flags, masked));
     work()
@@ -51,16 +56,13 @@ extern "C" fn on_bus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void
     let address = unsafe { info.si_addr() }.addr();
     // SAFETY: the threads that touch the memory end before `serve` returns, which borrows the memory.
     #[expect(unsafe_code, reason = "the memory of a signal handler")]
-    let parts = unsafe { MEMORY.load(Ordering::Acquire).as_ref() };
-    match parts.and_then(|parts| Some((parts, parts.find(address)?))) {
-        Some((parts, page)) => parts.fill(page),
-        None => {
-            // The retried access ends the process.
-            // SAFETY: the default action runs no code of this process.
-            #[expect(unsafe_code, reason = "takes a signal handler away")]
-            let _ = unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
-        }
+    let memory = unsafe { MEMORY.load(Ordering::Acquire).as_ref() };
+    if !memory.is_some_and(|memory| memory.fill_at(address)) {
+        // The retried access ends the process.
+        // SAFETY: the default action runs no code of this process.
+        #[expect(unsafe_code, reason = "takes a signal handler away")]
+        let _ = unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
     }
 }
 
-static MEMORY: AtomicPtr<Parts> = AtomicPtr::new(ptr::null_mut());
+static MEMORY: AtomicPtr<&dyn Fills> = AtomicPtr::new(ptr::null_mut());

@@ -17,8 +17,12 @@
 //! | `parts` | memory in parts, each with a userfaultfd of its own |
 //! | `workers` | pinned threads that read events and fill pages |
 //! | `bus` | the bare SIGBUS handler |
+//! | `direct` | a file read around the page cache into memory with a bound, for the same workload |
+//! | `evict` | memory with a bound, from which pages leave by moves: the prototype of the workload `ooc` |
 
 mod bus;
+pub(crate) mod direct;
+pub(crate) mod evict;
 mod parts;
 mod workers;
 

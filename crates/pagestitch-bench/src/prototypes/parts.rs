@@ -1,5 +1,6 @@
 //! Memory in parts of equal length, each registered with a userfaultfd of its own.
 
+use super::bus::Fills;
 use crate::hot::{Hot, first_word};
 use crate::systems::{HUGE_PAGE, PAGE};
 use crate::team::part_length;
@@ -93,6 +94,12 @@ impl Parts {
     /// Checks all bytes.
     pub(super) fn check(&self) {
         self.parts.iter().for_each(|part| self.hot.check(part.view.as_slice()));
+    }
+}
+
+impl Fills for Parts {
+    fn fill_at(&self, address: usize) -> bool {
+        self.find(address).inspect(|&page| self.fill(page)).is_some()
     }
 }
 

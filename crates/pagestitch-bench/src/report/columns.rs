@@ -1,6 +1,6 @@
 //! The columns of the tables: all except the ratios.
 
-use crate::format::{count, seconds};
+use crate::format::{count, digits, seconds};
 use crate::row::Row;
 
 /// A column of a table.
@@ -39,7 +39,7 @@ pub(super) fn about_mark(rows: &[&Row]) -> Option<String> {
 const SHARED: &str = " *";
 
 /// All columns.
-pub(super) static COLUMNS: [Column; 14] = [
+pub(super) static COLUMNS: [Column; 16] = [
     Column {
         head: "system",
         about: "the way to get the bytes",
@@ -79,6 +79,19 @@ pub(super) static COLUMNS: [Column; 14] = [
     number("soft", "the share of the touches that bring a page back from the standby list", |row| {
         percent(row.soft_faults)
     }),
+    number(
+        "of bits",
+        "the share of the touches that wait for no read, divided by that of S3-FIFO with perfect reference bits, simulated on the same touches",
+        |row| row.of_perfect_bits.map(digits),
+    ),
+    number(
+        "resident",
+        "the most memory of the process, seen from outside every 10 ms, of what it may be: the budget, and 2 MiB for each thread",
+        |row| {
+            let mib = |bytes: u64| bytes >> 20;
+            Some(format!("{} of {} MiB", mib(row.resident_bytes?), mib(row.resident_limit?)))
+        },
+    ),
     number("p50", "the median latency of a touch: the median of the rounds", |row| nanoseconds(row.p50_ns)),
     number("p90", "the latency that 90 % of the touches do not exceed", |row| nanoseconds(row.p90_ns)),
     number("p99", "the latency that 99 % of the touches do not exceed", |row| nanoseconds(row.p99_ns)),

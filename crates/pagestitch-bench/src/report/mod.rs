@@ -7,6 +7,7 @@ pub mod compare;
 mod html_table;
 pub mod page;
 pub mod table;
+mod targets;
 
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")

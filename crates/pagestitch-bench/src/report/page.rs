@@ -1,11 +1,11 @@
 //! A run as one self-contained HTML page: charts and tables.
 
 use super::chart::{Chart, Line, SHAPES};
-use super::columns::{COLUMNS, about_mark};
+use super::columns::COLUMNS;
 use super::compare::{Comparison, HEAD};
 use super::escaped;
 use super::html_table::html_table;
-use super::table::crossovers;
+use super::table::notes;
 use crate::date::today;
 use crate::environment::Environment;
 use crate::format::{count, round_count, round_seconds};
@@ -70,7 +70,7 @@ fn section(workload: &Workload, measured: &[Measured]) -> Result<String, fmt::Er
     }
     html += &html_table(&rows)?;
     write!(html, "<p class=\"rounds\">medians of {}, interleaved", count(first.rounds, "round"))?;
-    for note in crossovers(workload, &rows).into_iter().chain(about_mark(&rows)) {
+    for note in notes(workload, &rows) {
         write!(html, "<br>{}", escaped(&note))?;
     }
     html += "</p></section>\n";

@@ -1,6 +1,6 @@
 //! The rows of a workload as an aligned table.
 
-use super::columns;
+use super::{columns, targets};
 use crate::format::count;
 use crate::row::{Measured, Row};
 use crate::workloads::Workload;
@@ -28,13 +28,19 @@ pub fn table(workload: &Workload, measured: &[Measured]) -> String {
         row_cells.chain([ratios(row)]).collect()
     }));
     text += &aligned(&cells);
-    let notes = crossovers(workload, &rows).into_iter().chain(columns::about_mark(&rows));
+    let notes = notes(workload, &rows);
     notes.for_each(|line| text += &format!("  {line}\n"));
     text
 }
 
+/// The lines below a table.
+pub(super) fn notes(workload: &Workload, rows: &[&Row]) -> impl Iterator<Item = String> {
+    let mark = columns::about_mark(rows);
+    crossovers(workload, rows).into_iter().chain(targets::lines(workload, rows)).chain(mark)
+}
+
 /// For each pattern and baseline: the share of touched pages at which the baseline becomes faster.
-pub(super) fn crossovers(workload: &Workload, rows: &[&Row]) -> Vec<String> {
+fn crossovers(workload: &Workload, rows: &[&Row]) -> Vec<String> {
     let mut lines = Vec::new();
     if workload.name != "sparse" {
         return lines;

@@ -4,8 +4,11 @@ use crate::case::{Case, Options, Sample};
 use crate::measure::warm;
 use crate::systems::PAGE;
 use pagestitch::{Chunk, Pool, Region, SharedRegion, Support};
-use pagestitch_kernel::Features;
-use std::fs::File;
+use pagestitch_kernel::page_scan::PageScan;
+use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::{Access, AddressRange, Features, Outcome, PageSize, Uffd, View};
+use std::fs::{self, File};
+use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
@@ -35,7 +38,74 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
         case("changes()", |region| region.changes().expect("a record").bytes() as usize / PAGE);
         case("pagemap", read_pagemap);
     }
+    cases.extend(arming(bytes));
     cases
+}
+
+/// The cases that arm pages, and find nothing new.
+fn arming(bytes: usize) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (point, is_huge) in [("arming small pages", false), ("arming huge pages", true)] {
+        let memory = Unarmed::new(bytes, is_huge);
+        if is_huge && memory.bytes_in_huge_pages() < bytes {
+            eprintln!("SKIPPED changes: {point}: the kernel has too few huge pages, or gives none (THP)");
+            continue;
+        }
+        cases.push(Case::new("PAGEMAP_SCAN", move |_| memory.arm()).at(point));
+    }
+    cases
+}
+
+/// Written pages without the marker of the record.
+struct Unarmed {
+    range: AddressRange,
+    uffd: Uffd,
+    scan: PageScan,
+    _view: View,
+}
+
+impl Unarmed {
+    fn new(bytes: usize, is_huge: bool) -> Self {
+        let pages = NonZeroUsize::new(bytes / PAGE).expect("some pages");
+        let (reservation, view) =
+            View::reserve(pages, PageSize::system(), Access::Writable).expect("addresses");
+        if is_huge {
+            reservation.advise_hugepage()
+        } else {
+            reservation.use_small_pages()
+        }
+        let uffd =
+            Uffd::open(Features::WRITE_PROTECT | Features::WRITE_PROTECT_ASYNC).expect("a userfaultfd");
+        uffd.register(&reservation, RegisterMode::WRITE_PROTECT).expect("registering");
+        (0..bytes).step_by(PAGE).for_each(|offset| view.write_at(offset as u64, &[1]).expect("a page"));
+        let (range, scan) = (reservation.range(), PageScan::open().expect("/proc"));
+        Self { range, uffd, scan, _view: view }
+    }
+
+    /// Removes all markers, and measures the scan that sets them.
+    fn arm(&self) -> Sample {
+        assert_eq!(self.uffd.unprotect(self.range), Outcome::Done, "pages without markers");
+        let (bytes, mut armed) = (self.range.bytes(), 0);
+        let sample = Sample::of(bytes / PAGE, bytes, || {
+            self.scan.take_written(self.range, |run, _| armed += run.bytes()).expect("a scan");
+        });
+        assert_eq!(armed, bytes, "all pages are armed");
+        sample
+    }
+
+    fn bytes_in_huge_pages(&self) -> usize {
+        let maps = fs::read_to_string("/proc/self/smaps").expect("/proc");
+        let (mut is_inside, mut kib) = (false, 0);
+        for line in maps.lines() {
+            let start = line.split_once('-').and_then(|(start, _)| usize::from_str_radix(start, 16).ok());
+            if let Some(start) = start {
+                is_inside = (self.range.start()..self.range.end()).contains(&start);
+            }
+            let found = line.strip_prefix("AnonHugePages:").and_then(|found| found.strip_suffix("kB"));
+            kib += found.filter(|_| is_inside).map_or(0, |found| found.trim().parse().unwrap_or(0));
+        }
+        kib << 10
+    }
 }
 
 /// A region whose pages are all present, with nothing written.

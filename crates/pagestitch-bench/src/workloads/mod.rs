@@ -4,6 +4,7 @@ mod build;
 mod changes;
 mod crowd;
 mod curve;
+mod evict;
 mod latency;
 mod mapped;
 mod metering;
@@ -52,7 +53,7 @@ impl Workload {
 }
 
 /// All workloads, in the order of a run.
-pub static ALL: [Workload; 16] = [
+pub static ALL: [Workload; 17] = [
     // The first one, because it measures memory: memory that the allocator kept from another
     // workload would hide its own.
     Workload {
@@ -177,7 +178,7 @@ pub static ALL: [Workload; 16] = [
     },
     Workload {
         name: "changes",
-        about: "finding the pages of 1 GiB that were written, and arming them again, against reading the kernel's page table",
+        about: "finding the pages of 1 GiB that were written, and arming them again, against reading the kernel's page table; and arming alone",
         curves: &[],
         takes_threads: false,
         cases: changes::cases,
@@ -188,6 +189,13 @@ pub static ALL: [Workload; 16] = [
         curves: &[],
         takes_threads: false,
         cases: ooc::cases,
+    },
+    Workload {
+        name: "evict",
+        about: "clean pages that leave a region with a budget, and touches of pages that have left: 256 MiB that leave, 64 MiB that are touched",
+        curves: &[],
+        takes_threads: false,
+        cases: evict::cases,
     },
     Workload {
         name: "populate",

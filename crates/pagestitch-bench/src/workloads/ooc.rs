@@ -2,22 +2,24 @@
 //!
 //! | from | systems | memory |
 //! |---|---|---|
-//! | memory | a region with a budget, of a pool or inline; a plain handler that drops its oldest page; without a limit | a quarter, of the region |
-//! | a file | a region with a budget; `mmap`; plain reads around the page cache | a quarter, of a cgroup with the whole process and its page cache |
+//! | memory | a region with a budget, of a pool or inline; a plain handler that drops its oldest page; prototypes that do the least; without a limit | a quarter, of the region |
+//! | a file | a region with a budget; `mmap`; plain reads around the page cache, and a prototype of them with a bound | a quarter, of a cgroup with the whole process and its page cache |
 //!
 //! | at | a touch |
 //! |---|---|
 //! | random, zipf, scan + hot set | reads a page |
 //! | sequential | reads all words of a page |
 //! | misses | reads a page that is not in memory, so that touches a second are misses a second |
-//! | half writing | reads a page; every other one writes too, and the time has that of the flush |
+//! | half writing | reads a page; every other one writes too, and the time of a file has that of the flush |
 //!
 //! Each read compares bytes. After a run that writes, all bytes of the written pages are compared in the file.
 
 use crate::affinity::allowed;
 use crate::case::{Case, Options, Sample};
 use crate::measure::warm;
-use crate::ooc::{Pattern, ReadTask, Trace, Way, has_cgroups, has_write_back, measure, write_pages};
+use crate::ooc::memory::{MemorySource, write_prototype, write_region};
+use crate::ooc::{Counts, Pattern, ReadTask, Trace, Way, has_cgroups, has_write_back, measure, write_pages};
+use crate::prototypes::evict::{Bounded, moves_no_pages};
 use crate::systems::{CHUNK, Data, PAGE, sum};
 use crate::team::at_once;
 use nix::fcntl::OFlag;
@@ -42,17 +44,59 @@ fn from_memory(options: &Options) -> Vec<Case> {
     let data = Data::new(options.size(2 << 30), options.seed);
     warm(data.bytes());
     let touches = options.size(1 << 18);
+    let refused = moves_no_pages();
+    refused.inspect(|reason| eprintln!("SKIPPED ooc: {MOVING}, and writes to memory: {reason}"));
+    let moves = refused.is_none();
     let mut cases = Vec::new();
     for pattern in PATTERNS {
         for (system, run) in SYSTEMS {
             let data = Arc::clone(&data);
             let run = move |seed| run(&data, &data.trace(pattern, touches, seed));
             let case = Case::new(system, run).at(format!("memory, {}", pattern.name()));
-            cases.push(case.chunks_of(CHUNK).against(&[FIFO, UNLIMITED, EAGER]));
+            cases.push(case.chunks_of(CHUNK).against(&[FIFO, UNLIMITED, EAGER, MOVING]));
         }
+        if moves && pattern == Pattern::Random {
+            cases.push(moving(&data, touches));
+        }
+    }
+    if moves && has_write_back() {
+        cases.extend(writing(options, touches));
     }
     cases
 }
+
+/// The prototype of random reads.
+fn moving(data: &Arc<Data>, touches: usize) -> Case {
+    let data = Arc::clone(data);
+    let run = move |seed| {
+        let trace = data.trace(Pattern::Random, touches, seed);
+        let memory = Bounded::new(&*data, data.pages(), data.pages() / QUARTER, false);
+        memory.serve(|| data.touch(&trace, memory.view().as_slice()))
+    };
+    let case = Case::new(MOVING, run).at(format!("memory, {}", Pattern::Random.name()));
+    case.chunks_of(CHUNK).against(&[FIFO])
+}
+
+/// The cases that write to memory.
+fn writing(options: &Options, touches: usize) -> impl Iterator<Item = Case> {
+    let pages = options.size(2 << 30) / PAGE;
+    let sizes = (pages, pages / QUARTER);
+    WRITERS.into_iter().map(move |(system, run)| {
+        let run = move |seed| run(sizes, &Trace::new(Pattern::HalfWriting, sizes, touches, seed));
+        let point = format!("memory, {}", Pattern::HalfWriting.name());
+        Case::new(system, run).at(point).against(&[MOVING_WRITES])
+    })
+}
+
+/// Makes memory of so many pages of which so many are in memory at a time, and writes to it.
+type Writes = fn((usize, usize), &Trace) -> Sample;
+
+const WRITERS: [(&str, Writes); 4] = [
+    ("pool, budget", |sizes, trace| write_region(MemorySource::Bytes, sizes, trace, &pool())),
+    ("pool, budget, memfd", |sizes, trace| write_region(MemorySource::Memfd, sizes, trace, &pool())),
+    ("inline, budget, memfd", |sizes, trace| write_region(MemorySource::Memfd, sizes, trace, Inline)),
+    (MOVING_WRITES, write_prototype),
+];
 
 /// Makes the bytes appear, and touches them.
 type Run = fn(&Data, &Trace) -> Sample;
@@ -79,13 +123,17 @@ const SYSTEMS: [(&str, Run); 5] = [
 fn with_budget(data: &Data, trace: &Trace, readahead: Readahead, server: impl Into<Server>) -> Sample {
     let budget = Budget::bytes((data.bytes() / QUARTER) as u64).expect("a budget");
     let region: Region = data.builder(readahead).budget(&budget).build(server).expect("a region");
-    // The touches before the measurement count too: after the first pass, they have the same pattern.
-    let sample = data.touch(trace, region.as_slice());
-    let touches = (trace.touches.len() + trace.fill.len() + trace.settle.len()) as f64;
-    let share = |count: u64| Some(count as f64 / touches);
-    let (reads, soft_faults) =
-        (share(region.metrics().pages_installed()), share(budget.metrics().soft_faults));
-    Sample { reads, soft_faults, ..sample }
+    data.fill(trace, region.as_slice());
+    let before = Counts::of(&region.metrics(), &budget);
+    let sample = data.measure(trace, region.as_slice());
+    let shares = Counts::of(&region.metrics(), &budget).since(before, trace.touches.len());
+    let hits = trace.hits_with_perfect_bits(data.pages() / QUARTER);
+    Sample {
+        reads: Some(shares.reads),
+        soft_faults: Some(shares.soft_faults),
+        of_perfect_bits: hits.map(|hits| (1.0 - shares.waits) / hits),
+        ..sample
+    }
 }
 
 fn pool() -> Pool {
@@ -99,18 +147,30 @@ impl Data {
 
     /// Touches memory that repeats the chunks, first to fill the memory and then to measure.
     fn touch(&self, trace: &Trace, bytes: &[u8]) -> Sample {
+        self.fill(trace, bytes);
+        self.measure(trace, bytes)
+    }
+
+    /// The touches before the measurement.
+    fn fill(&self, trace: &Trace, bytes: &[u8]) {
+        let are_right = self.are_right(bytes, &trace.fill) && self.are_right(bytes, &trace.settle);
+        assert!(are_right, "a page has other bytes than its chunk");
+    }
+
+    fn measure(&self, trace: &Trace, bytes: &[u8]) -> Sample {
         let is_sequential = trace.fill.is_empty();
-        let check = |pages: &[u32]| {
-            pages.iter().all(|&page| bytes[page as usize * PAGE] == self.byte_at(page as usize * PAGE))
-        };
-        assert!(check(&trace.fill) && check(&trace.settle), "a page has other bytes than its chunk");
         let pages = trace.touches.len();
         let (sample, right) =
             at_once((pages, pages * PAGE), &allowed()[..1], vec![&trace.touches[..]], |part| {
-                if is_sequential { black_box(sum(bytes)) > 0 } else { check(part) }
+                if is_sequential { black_box(sum(bytes)) > 0 } else { self.are_right(bytes, part) }
             });
         assert!(right[0], "a page has other bytes than its chunk");
         sample
+    }
+
+    /// Touches pages. True if each has its bytes.
+    fn are_right(&self, bytes: &[u8], pages: &[u32]) -> bool {
+        pages.iter().all(|&page| bytes[page as usize * PAGE] == self.byte_at(page as usize * PAGE))
     }
 }
 
@@ -127,8 +187,9 @@ fn from_file(options: &Options) -> Vec<Case> {
             continue;
         }
         let baselines = baselines(pattern);
-        for &(system, way) in regions(pattern).iter().chain(baselines) {
+        for &(system, way) in regions(pattern).iter().chain(baselines).chain(slow(pattern, threads)) {
             let file = Arc::clone(&file);
+            let touches = if (system, way) == UNADVISED { touches / FEW } else { touches };
             let run = move |seed| {
                 let memory = (bytes / QUARTER) as u64;
                 let task = ReadTask { way, file: file.path(), pattern, touches, threads, seed, memory };
@@ -155,15 +216,27 @@ const fn regions(pattern: Pattern) -> &'static [(&'static str, Way)] {
     }
 }
 
-/// The other ways to the bytes that suit a pattern. Without advice, random reads of a file read much more than
-/// they touch, and take a hundred times as long.
+/// The other ways to the bytes that suit a pattern.
 const fn baselines(pattern: Pattern) -> &'static [(&'static str, Way)] {
     match pattern {
         Pattern::Random | Pattern::Zipf | Pattern::ScanAndHotSet | Pattern::HalfWriting => {
             &[("mmap, MADV_RANDOM", Way::MmapRandom)]
         }
-        Pattern::Misses => &[("O_DIRECT reads", Way::DirectReads), ("mmap, MADV_RANDOM", Way::MmapRandom)],
+        Pattern::Misses => &[
+            ("prototype ooc2", Way::Prototype),
+            ("O_DIRECT reads", Way::DirectReads),
+            ("mmap, MADV_RANDOM", Way::MmapRandom),
+        ],
         Pattern::Sequential => &[("mmap", Way::Mmap), ("mmap, MADV_SEQUENTIAL", Way::MmapSequential)],
+    }
+}
+
+/// A way that is no baseline: without advice, random reads of a file read much more than they touch, and take a
+/// hundred times as long. So there are few of them.
+const fn slow(pattern: Pattern, threads: usize) -> &'static [(&'static str, Way)] {
+    match (pattern, threads) {
+        (Pattern::Random, 1) => &[UNADVISED],
+        _ => &[],
     }
 }
 
@@ -176,7 +249,7 @@ impl DiskFile {
             [PathBuf::from("/var/tmp"), env::temp_dir()].into_iter().find(|folder| folder.is_dir())?;
         let options = OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_TMPFILE.bits()).clone();
         let mut file = options.open(folder).ok()?;
-        write_pages(&mut file, bytes / PAGE).ok()?;
+        write_pages(&mut file, bytes / PAGE).and_then(|()| file.sync_all()).ok()?;
         Some(Self(file))
     }
 
@@ -203,6 +276,11 @@ const POOL: (&str, Way) = ("pool, budget", Way::Region);
 const POOL_DIRECT: (&str, Way) = ("pool, budget, direct", Way::RegionDirect);
 const INLINE: (&str, Way) = ("inline, budget", Way::Inline);
 const INLINE_DIRECT: (&str, Way) = ("inline, budget, direct", Way::InlineDirect);
+const MOVING: &str = "prototype evict move";
+const MOVING_WRITES: &str = "prototype evict move w";
+const UNADVISED: (&str, Way) = ("mmap, no advice", Way::Mmap);
+/// The slow way has this part of the touches.
+const FEW: usize = 200;
 const FIFO: &str = "plain handler, FIFO";
 const UNLIMITED: &str = "pool, no budget";
 const EAGER: &str = "eager copy";
