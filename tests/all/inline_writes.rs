@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A file in memory that takes written pages.
-fn file(bytes: &[u8]) -> (File, Chunk) {
+pub(crate) fn file(bytes: &[u8]) -> (File, Chunk) {
     let file =
         File::from(memfd_create("table", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap());
     file.write_all_at(bytes, 0).unwrap();
@@ -32,7 +32,7 @@ fn inline(budget: &Budget, chunk: Chunk) -> SharedRegion {
     builder(budget, chunk).build_shared(Inline).unwrap()
 }
 
-fn word_of(file: &File, page: usize) -> u64 {
+pub(crate) fn word_of(file: &File, page: usize) -> u64 {
     let mut bytes = [0; 8];
     file.read_exact_at(&mut bytes, (page * PAGE) as u64).unwrap();
     u64::from_ne_bytes(bytes)

@@ -28,6 +28,7 @@ mod fault_free;
 mod fetches;
 
 mod firecracker;
+mod fixed_buffers;
 mod growth;
 mod hand_over;
 mod hostile_memory;
