@@ -16,7 +16,7 @@ use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -464,31 +464,67 @@ fn direct_reads_of_a_file_into_pages_that_leave_lose_no_byte() {
     (0..PAGES).for_each(|page| assert_eq!(disk.word(page), shadow[page], "page {page}"));
 }
 
+/// The bytes of a page in a round. Each word is that of one page and round.
+pub(crate) fn stamped(page: usize, round: u64) -> Vec<u8> {
+    let stamp = round << ROUND | (page as u64) << 16;
+    (0..PAGE as u64 / 8).flat_map(|word| (stamp | word).to_ne_bytes()).collect()
+}
+
+/// The first bit of the round in a word.
+const ROUND: u32 = 48;
+
+/// The round of which a page of a file has all bytes; 0 for zeros.
+pub(crate) fn round_of(page: usize, bytes: &[u8]) -> u64 {
+    let round = u64::from_ne_bytes(bytes[..8].try_into().unwrap()) >> ROUND;
+    let expected = if round == 0 { vec![0; PAGE] } else { stamped(page, round) };
+    assert!(bytes == expected, "page {page} has bytes of round {round}, and others");
+    round
+}
+
 /// The child is killed while pages of a file leave.
 #[test]
 fn a_kill_while_pages_leave_leaves_old_or_new_bytes_in_each_page_of_the_file() {
-    let body = child::body(this_test!(), |path| {
+    a_kill_leaves_old_or_new_bytes(child::body(this_test!(), |path| {
         let file = WritableFile::open(Path::new(path)).unwrap();
         let budget = Budget::bytes(BUDGET).unwrap();
         let region = bounded(&budget, Chunk::writable(Arc::new(file)), 2);
         for round in 1..=u8::MAX {
-            (0..PAGES).for_each(|page| region.write_at((page * PAGE) as u64, &[round; PAGE]).unwrap());
+            for page in 0..PAGES {
+                region.write_at((page * PAGE) as u64, &stamped(page, round.into())).unwrap();
+            }
         }
         panic!("the parent kills this process before");
-    });
+    }));
+}
+
+/// Kills children while they write back all pages of a file, round after round.
+pub(crate) fn a_kill_leaves_old_or_new_bytes(body: child::Body<'_>) {
     if moves_no_pages() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("file");
-    File::create(&path).unwrap().set_len((PAGES * PAGE) as u64).unwrap();
-    let mut process = body.spawn(&path);
-    // The file changes only by write-backs.
-    until(|| fs::read(&path).unwrap()[7 * PAGE] > 1);
-    process.kill();
-    process.wait();
-    let bytes = fs::read(&path).unwrap();
-    assert!(bytes.chunks(PAGE).all(|page| page.iter().all(|byte| *byte == page[0])), "a torn page");
+    for awaited in [2, 3] {
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        file.set_len((PAGES * PAGE) as u64).unwrap();
+        let read = |page: usize, into: &mut [u8]| file.read_exact_at(into, (page * PAGE) as u64).unwrap();
+        let has_come = |page: usize| {
+            let mut word = [0; 8];
+            read(page, &mut word);
+            u64::from_ne_bytes(word) >> ROUND >= awaited
+        };
+        let mut process = body.spawn(&path);
+        // The file changes only by write-backs. A page in use may stay for many rounds.
+        until(|| (0..PAGES).step_by(16).any(has_come));
+        process.kill();
+        process.wait();
+        let mut bytes = vec![0; PAGE];
+        let rounds = (0..PAGES).map(|page| {
+            read(page, &mut bytes);
+            round_of(page, &bytes)
+        });
+        assert!(rounds.max() >= Some(awaited));
+    }
 }
 
 #[derive(Debug, Clone)]

@@ -1,7 +1,8 @@
 //! Regions that are served inline, and whose written pages go back to their sources: no write is lost.
 
 use crate::bounded_writes::{
-    BUDGET, Disk, PAGES, bounded, builder, mix, moves_no_pages, word, write_and_verify, write_beside_flushes,
+    BUDGET, Disk, PAGES, a_kill_leaves_old_or_new_bytes, bounded, builder, mix, moves_no_pages, stamped,
+    word, write_and_verify, write_beside_flushes,
 };
 use crate::changes::records_no_writes;
 use crate::machine::rounds;
@@ -16,6 +17,7 @@ use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -295,6 +297,25 @@ fn an_inline_budget_full_of_pages_that_cannot_go_back_raises_a_signal_and_loses_
         return end.expect_pass();
     }
     assert!(end.output().contains("all pages are there"), "{}", end.output());
+}
+
+/// The child is killed while its signal handlers write pages to a file.
+#[test]
+fn a_kill_while_pages_of_an_inline_region_leave_leaves_old_or_new_bytes_in_each_page_of_the_file() {
+    a_kill_leaves_old_or_new_bytes(child::body(this_test!(), |path| {
+        let file = WritableFile::open(Path::new(path)).unwrap();
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let region = inline(&budget, Chunk::writable(Arc::new(file)));
+        for round in 1..=u8::MAX {
+            for page in 0..PAGES {
+                // A touch has other pages leave in the handler. A store in the place of the call could leave part of
+                // a page to the file.
+                let _ = load(&region, page);
+                region.write_at((page * PAGE) as u64, &stamped(page, round.into())).unwrap();
+            }
+        }
+        panic!("the parent kills this process before");
+    }));
 }
 
 /// A forked child has neither the region nor the thread that evicts.

@@ -1,5 +1,6 @@
 //! Write-back: written pages reach their sources by a flush or by the drop, and no error loses one.
 
+use crate::bounded_writes::{round_of, stamped};
 use crate::changes::records_no_writes;
 use crate::machine::rounds;
 use crate::{PAGE, REPORTS, SetOnDrop, discard, pattern, touch};
@@ -416,7 +417,7 @@ fn a_kill_during_write_back_leaves_old_or_new_bytes_in_each_page() {
         let region = file_region(Path::new(path));
         for round in 1..=u8::MAX {
             for page in 0..KILLED_PAGES {
-                region.write_at(at(page), &[round; PAGE]).unwrap();
+                region.write_at(at(page), &stamped(page, round.into())).unwrap();
             }
             println!("round {round}");
             region.flush(..).unwrap();
@@ -432,12 +433,12 @@ fn a_kill_during_write_back_leaves_old_or_new_bytes_in_each_page() {
         File::create(&path).unwrap().set_len(at(KILLED_PAGES)).unwrap();
         let mut process = body.spawn(&path);
         // The file changes only by a write-back.
-        crate::until(|| fs::read(&path).unwrap()[0] > 1);
+        crate::until(|| round_of(0, &fs::read(&path).unwrap()[..PAGE]) > 1);
         process.kill();
         process.wait();
         let bytes = fs::read(&path).unwrap();
-        let rounds: Vec<u8> = bytes.chunks(PAGE).map(|page| page[0]).collect();
-        assert!(bytes.chunks(PAGE).all(|page| page.iter().all(|byte| *byte == page[0])), "a torn page");
+        let rounds: Vec<_> =
+            bytes.chunks(PAGE).enumerate().map(|(page, bytes)| round_of(page, bytes)).collect();
         let (least, most) = (rounds.iter().min().unwrap(), rounds.iter().max().unwrap());
         assert!(most - least <= 1, "old bytes or new ones: {rounds:?}");
     }
