@@ -299,6 +299,29 @@ fn an_inline_budget_full_of_pages_that_cannot_go_back_raises_a_signal_and_loses_
     assert!(end.output().contains("all pages are there"), "{}", end.output());
 }
 
+/// The kernel counts the writes of the thread that the handlers interrupt.
+#[test]
+fn evictions_of_an_inline_region_write_neighbouring_dirty_pages_at_once() {
+    let writes = || {
+        let counts = std::fs::read_to_string("/proc/thread-self/io").ok()?;
+        let calls = counts.lines().find_map(|line| line.strip_prefix("syscw: "))?;
+        Some(calls.parse::<u64>().unwrap())
+    };
+    if moves_no_pages() {
+        return;
+    }
+    let Some(before) = writes() else {
+        return println!("SKIPPED {}: this kernel counts no writes of threads", this_test!());
+    };
+    let (budget, (file, chunk)) = (Budget::bytes(BUDGET).unwrap(), file(&vec![0; PAGES * PAGE]));
+    let region = inline(&budget, chunk);
+    (0..PAGES).for_each(|page| store(&region, page, page as u64 + 1));
+    let (writes, pages) = (writes().unwrap() - before, budget.metrics().write_backs);
+    assert!(pages > PAGES as u64 / 2 && writes < pages / 4, "{pages} pages in {writes} writes");
+    region.finish().unwrap();
+    (0..PAGES).for_each(|page| assert_eq!(word_of(&file, page), page as u64 + 1));
+}
+
 /// The child is killed while its signal handlers write pages to a file.
 #[test]
 fn a_kill_while_pages_of_an_inline_region_leave_leaves_old_or_new_bytes_in_each_page_of_the_file() {

@@ -1,13 +1,14 @@
 //! Write-back: written pages reach their sources by a flush or by the drop, and no error loses one.
 
-use crate::bounded_writes::{round_of, stamped};
+use crate::bounded_writes::{BUDGET, PAGES, bounded, moves_no_pages, round_of, stamped};
 use crate::changes::records_no_writes;
 use crate::machine::rounds;
+use crate::waits::until;
 use crate::{PAGE, REPORTS, SetOnDrop, discard, pattern, touch};
 use nix::libc::{EIO, ENOSPC};
 use pagestitch::source::{WritableFile, WritableSource};
 use pagestitch::{
-    BuildOption, Chunk, Eager, ErrorKind, Pool, Readahead, Region, SharedRegion, Source, WriteBack,
+    Budget, BuildOption, Chunk, Eager, ErrorKind, Pool, Readahead, Region, SharedRegion, Source, WriteBack,
 };
 use pagestitch_kernel::Errno;
 use pagestitch_testkit::deny::deny_copies;
@@ -130,6 +131,42 @@ fn a_flush_writes_neighbouring_dirty_pages_at_once_and_syncs() {
     let mut all = vec![0; bytes.len()];
     region.read_at(0, &mut all).unwrap();
     assert!(disk.state().bytes == all);
+}
+
+/// Pages leave in batches, each in the order of addresses.
+#[test]
+fn an_eviction_writes_neighbouring_dirty_pages_at_once() {
+    if moves_no_pages() {
+        return;
+    }
+    const RUNS: [Range<usize>; 4] = [3..9, 10..11, 20..52, 60..62];
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(&[1; 64 * PAGE]));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
+    region.populate(..).unwrap();
+    RUNS.into_iter().for_each(|run| region.write_at(at(run.start), &vec![2; run.len() * PAGE]).unwrap());
+    until(|| {
+        region.evict(..).unwrap();
+        budget.metrics().dirty_bytes == 0
+    });
+    assert_eq!(disk.writes(), RUNS.map(|run| (at(run.start), run.len() * PAGE)));
+    let is_written = |page: usize| RUNS.iter().any(|run| run.contains(&page));
+    let expected: Vec<u8> = (0..64).flat_map(|page| [1 + u8::from(is_written(page)); PAGE]).collect();
+    assert!(disk.state().bytes == expected);
+}
+
+/// A thread writes one page after the other, and needs room.
+#[test]
+fn evictions_for_room_write_neighbouring_dirty_pages_at_once() {
+    if moves_no_pages() {
+        return;
+    }
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(&vec![1; PAGES * PAGE]));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
+    (0..PAGES).for_each(|page| region.write_at(at(page), &[2; PAGE]).unwrap());
+    let (writes, metrics) = (disk.writes(), budget.metrics());
+    let pages = writes.iter().map(|(_, bytes)| bytes / PAGE).sum::<usize>();
+    assert!(pages > PAGES / 2, "{metrics:?}");
+    assert!(writes.len() < pages / 8, "{pages} pages in {} writes", writes.len());
 }
 
 /// A system call that writes changes bytes after the kernel has taken its record of the write.
@@ -433,7 +470,7 @@ fn a_kill_during_write_back_leaves_old_or_new_bytes_in_each_page() {
         File::create(&path).unwrap().set_len(at(KILLED_PAGES)).unwrap();
         let mut process = body.spawn(&path);
         // The file changes only by a write-back.
-        crate::until(|| round_of(0, &fs::read(&path).unwrap()[..PAGE]) > 1);
+        until(|| round_of(0, &fs::read(&path).unwrap()[..PAGE]) > 1);
         process.kill();
         process.wait();
         let bytes = fs::read(&path).unwrap();
