@@ -7,6 +7,7 @@ mod background;
 mod blocks;
 mod bounded;
 mod bounded_corners;
+mod bounded_files;
 mod bounded_writes;
 mod changes;
 mod children;
