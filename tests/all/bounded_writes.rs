@@ -467,7 +467,8 @@ fn direct_reads_of_a_file_into_pages_that_leave_lose_no_byte() {
 /// The bytes of a page in a round. Each word is that of one page and round.
 pub(crate) fn stamped(page: usize, round: u64) -> Vec<u8> {
     let stamp = round << ROUND | (page as u64) << 16;
-    (0..PAGE as u64 / 8).flat_map(|word| (stamp | word).to_ne_bytes()).collect()
+    let words: Vec<_> = (0..PAGE as u64 / 8).map(|word| (stamp | word).to_ne_bytes()).collect();
+    words.as_flattened().to_vec()
 }
 
 /// The first bit of the round in a word.
@@ -504,18 +505,18 @@ pub(crate) fn a_kill_leaves_old_or_new_bytes(body: child::Body<'_>) {
     }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("file");
-    for awaited in [2, 3] {
+    for kill in 0..rounds(5).min(3) as usize {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
         file.set_len((PAGES * PAGE) as u64).unwrap();
         let read = |page: usize, into: &mut [u8]| file.read_exact_at(into, (page * PAGE) as u64).unwrap();
         let has_come = |page: usize| {
             let mut word = [0; 8];
             read(page, &mut word);
-            u64::from_ne_bytes(word) >> ROUND >= awaited
+            u64::from_ne_bytes(word) >> ROUND > 1
         };
         let mut process = body.spawn(&path);
         // The file changes only by write-backs. A page in use may stay for many rounds.
-        until(|| (0..PAGES).step_by(16).any(has_come));
+        until(|| (kill * PAGES / 8..PAGES).step_by(16).any(has_come));
         process.kill();
         process.wait();
         let mut bytes = vec![0; PAGE];
@@ -523,7 +524,7 @@ pub(crate) fn a_kill_leaves_old_or_new_bytes(body: child::Body<'_>) {
             read(page, &mut bytes);
             round_of(page, &bytes)
         });
-        assert!(rounds.max() >= Some(awaited));
+        assert!(rounds.max() > Some(1));
     }
 }
 
