@@ -2,15 +2,18 @@
 //! lost.
 
 use crate::machine::rounds;
-use crate::waits::until;
+use crate::waits::{comes_true, until};
 use crate::{PAGE, SetOnDrop, pattern};
 use nix::libc::{self, EIO, ENOSPC};
 use pagestitch::source::{FailureReason, WritableFile, WritableSource};
-use pagestitch::{Budget, BuildOption, Chunk, ErrorKind, Pool, Region, SharedRegion, Source, WriteBack};
+use pagestitch::{
+    Budget, BuildOption, Chunk, ErrorKind, Pool, Process, Region, SharedRegion, Source, WriteBack,
+};
 use pagestitch_kernel::Errno;
+use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::deny::deny_copies;
 use pagestitch_testkit::scope::scope;
-use pagestitch_testkit::{child, this_test};
+use pagestitch_testkit::{this_test, wait};
 use proptest::prelude::*;
 use std::fs::{self, File};
 use std::io;
@@ -20,6 +23,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 pub(crate) const BUDGET: u64 = 6 << 20;
 /// More than twice the budget.
@@ -482,6 +486,26 @@ pub(crate) fn round_of(page: usize, bytes: &[u8]) -> u64 {
     round
 }
 
+/// True if the first word of a page of a file is that of a second or later round. The others may be on their way.
+pub(crate) fn has_second_round(page: usize, file: &File) -> bool {
+    let mut word = [0; 8];
+    file.read_exact_at(&mut word, (page * PAGE) as u64).unwrap();
+    u64::from_ne_bytes(word) >> ROUND > 1
+}
+
+/// Kills a child as soon as it has written something. Fails with its output if it has ended before, or hangs.
+pub(crate) fn kill_when(mut child: ChildTest, mut has_written: impl FnMut() -> bool) {
+    let process = Process::open(child.id()).unwrap();
+    let mut is_written = false;
+    comes_true(|| {
+        is_written = has_written();
+        is_written || wait::readable(&process, Duration::ZERO)
+    });
+    child.kill();
+    let end = child.wait();
+    assert!(is_written, "the child has not written: {}", end.output());
+}
+
 /// The child is killed while pages of a file leave.
 #[test]
 fn a_kill_while_pages_leave_leaves_old_or_new_bytes_in_each_page_of_the_file() {
@@ -509,16 +533,9 @@ pub(crate) fn a_kill_leaves_old_or_new_bytes(body: child::Body<'_>) {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
         file.set_len((PAGES * PAGE) as u64).unwrap();
         let read = |page: usize, into: &mut [u8]| file.read_exact_at(into, (page * PAGE) as u64).unwrap();
-        let has_come = |page: usize| {
-            let mut word = [0; 8];
-            read(page, &mut word);
-            u64::from_ne_bytes(word) >> ROUND > 1
-        };
-        let mut process = body.spawn(&path);
         // The file changes only by write-backs. A page in use may stay for many rounds.
-        until(|| (kill * PAGES / 8..PAGES).step_by(16).any(has_come));
-        process.kill();
-        process.wait();
+        let pages = || (kill * PAGES / 8..PAGES).step_by(16);
+        kill_when(body.spawn(&path), || pages().any(|page| has_second_round(page, &file)));
         let mut bytes = vec![0; PAGE];
         let rounds = (0..PAGES).map(|page| {
             read(page, &mut bytes);

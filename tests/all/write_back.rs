@@ -1,6 +1,8 @@
 //! Write-back: written pages reach their sources by a flush or by the drop, and no error loses one.
 
-use crate::bounded_writes::{BUDGET, PAGES, bounded, moves_no_pages, round_of, stamped};
+use crate::bounded_writes::{
+    BUDGET, PAGES, bounded, has_second_round, kill_when, moves_no_pages, round_of, stamped,
+};
 use crate::changes::records_no_writes;
 use crate::machine::rounds;
 use crate::waits::until;
@@ -468,11 +470,9 @@ fn a_kill_during_write_back_leaves_old_or_new_bytes_in_each_page() {
     let path = folder.path().join("file");
     for _ in 0..3 {
         File::create(&path).unwrap().set_len(at(KILLED_PAGES)).unwrap();
-        let mut process = body.spawn(&path);
+        let file = File::open(&path).unwrap();
         // The file changes only by a write-back.
-        until(|| round_of(0, &fs::read(&path).unwrap()[..PAGE]) > 1);
-        process.kill();
-        process.wait();
+        kill_when(body.spawn(&path), || has_second_round(0, &file));
         let bytes = fs::read(&path).unwrap();
         let rounds: Vec<_> =
             bytes.chunks(PAGE).enumerate().map(|(page, bytes)| round_of(page, bytes)).collect();
