@@ -1,11 +1,14 @@
 //! Faults, inline faults and the fork reader allocate nothing: a counting allocator shows it.
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mremap};
 use nix::sys::signal::Signal::SIGBUS;
 use nix::unistd::gettid;
-use pagestitch::source::{FileSource, Pages};
-use pagestitch::{BuildOption, Builder, Chunk, Inline, Pool, Readahead, Region};
+use pagestitch::source::{FileSource, Pages, WritableFile};
+use pagestitch::{Budget, BuildOption, Builder, Chunk, ErrorKind, Inline, Pool, Readahead, Region, Server};
+use pagestitch::{SharedRegion, WriteBack};
 use pagestitch_testkit::forked::ForkedChild;
+use pagestitch_testkit::memory::word_of;
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test, wait};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -175,6 +178,96 @@ fn fill_own_pages() {
     assert!(touch_all() > 0);
     assert_eq!(BY_WATCHED.load(Ordering::SeqCst), 0);
     assert!(region.metrics().faults >= 300 + pages as u64);
+}
+
+/// Pages leave in the handler of a touch, and come back, from the first touch on.
+#[test]
+fn an_inline_fault_that_evicts_allocates_nothing() {
+    child::run(this_test!(), || {
+        for written_back in [false, true] {
+            let Some((budget, region)) = bounded(Inline, written_back) else { return };
+            WATCHED.store(gettid().as_raw(), Ordering::SeqCst);
+            touch_at_random(&region, written_back);
+            WATCHED.store(0, Ordering::SeqCst);
+            assert_eq!(BY_WATCHED.load(Ordering::SeqCst), 0, "written back: {written_back}");
+            expect_evictions(&budget, written_back);
+        }
+    })
+    .expect_pass();
+}
+
+/// After its first write of evicted pages, for which it allocates its buffer. The buffer is kept for later ones.
+#[test]
+fn a_worker_that_evicts_allocates_nothing() {
+    child::run(this_test!(), || {
+        for written_back in [false, true] {
+            let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+            let Some((budget, region)) = bounded(&pool, written_back) else { return };
+            // A worker that starts allocates, too. More than one batch, because the first one keeps its buffer at
+            // its end.
+            let has_written = (0..PAGES).any(|page| {
+                word_of(&region, page * PAGE).fetch_add(u64::from(written_back), Ordering::Relaxed);
+                !written_back || budget.metrics().write_backs > 200
+            });
+            assert!(has_written, "{:?}", budget.metrics());
+            WATCHED.store(thread_called("pagestitch/0"), Ordering::SeqCst);
+            touch_at_random(&region, written_back);
+            WATCHED.store(0, Ordering::SeqCst);
+            assert_eq!(BY_WATCHED.load(Ordering::SeqCst), 0, "written back: {written_back}");
+            expect_evictions(&budget, written_back);
+        }
+    })
+    .expect_pass();
+}
+
+const BUDGET: u64 = 6 << 20;
+/// More than twice the budget.
+const PAGES: usize = (15 << 20) / PAGE;
+
+/// A region with a budget, of a file and of memory; with write-back, of a file alone. `None` where pages with
+/// written bytes cannot leave.
+fn bounded(server: impl Into<Server>, written_back: bool) -> Option<(Budget, SharedRegion)> {
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let file = |pages: usize| {
+        let file = fs::File::from(memfd_create("table", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len((pages * PAGE) as u64).unwrap();
+        file
+    };
+    let builder = Region::builder().budget(&budget);
+    let builder = if written_back {
+        let file = WritableFile::from_file(file(PAGES), "table").unwrap();
+        builder.chunk(Chunk::writable(Arc::new(file))).write_back(WriteBack::ToSource)
+    } else {
+        builder.chunk(FileSource::try_from(file(PAGES / 2)).unwrap()).chunk(vec![7u8; PAGES / 2 * PAGE])
+    };
+    match builder.build_shared(server) {
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            println!("SKIPPED written pages that leave: {error}");
+            None
+        }
+        built => Some((budget, built.unwrap())),
+    }
+}
+
+/// Touches pages that are absent, present, and in standby; half of the touches write, if `writes` is true.
+fn touch_at_random(region: &SharedRegion, writes: bool) {
+    for step in 0..4 * PAGES {
+        let random = (step as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        let word = word_of(region, random as usize % PAGES * PAGE);
+        if writes && step % 2 == 0 {
+            word.fetch_add(1, Ordering::Relaxed);
+        } else {
+            word.load(Ordering::Relaxed);
+        }
+    }
+}
+
+fn expect_evictions(budget: &Budget, written_back: bool) {
+    let metrics = budget.metrics();
+    assert!(metrics.evictions > PAGES as u64 && metrics.refaults > 500, "{metrics:?}");
+    assert!(metrics.write_backs > 500 || !written_back, "{metrics:?}");
+    // Before Linux 6.8, pages leave without standby.
+    assert!(metrics.soft_faults > 0 || !written_back, "{metrics:?}");
 }
 
 fn donated(bytes: &[u8]) -> Pages {

@@ -4,6 +4,7 @@
 use crate::{
     PAGE, SIGABRT, SIGBUS, SIGKILL, SIGSEGV, discard, handle_user_signal, pattern, spawn_asleep, touch, until,
 };
+use io_uring::{IoUring, opcode, types};
 use nix::libc;
 use nix::sys::mman::munmap;
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
@@ -14,6 +15,10 @@ use pagestitch_kernel::Support;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr::{NonNull, with_exposed_provenance_mut};
@@ -50,6 +55,53 @@ pub(crate) fn moved(start: usize, bytes: usize) -> usize {
     };
     assert_ne!(to, libc::MAP_FAILED);
     to.expose_provenance()
+}
+
+/// Memory that an io_uring has pinned, so that files are read into its frames and cause no faults.
+pub(crate) struct FixedBuffer {
+    ring: IoUring,
+    start: usize,
+    bytes: usize,
+}
+
+impl FixedBuffer {
+    /// Pins pages. An error where there is no io_uring, where it may not pin so many pages, and for a page that is
+    /// absent or write-protected and whose region serves no system calls (`EFAULT`).
+    #[expect(unsafe_code, reason = "the kernel changes registered memory at any time")]
+    pub(crate) fn pin(start: usize, bytes: usize) -> io::Result<Self> {
+        let ring = IoUring::new(4)?;
+        let buffer = libc::iovec { iov_base: with_exposed_provenance_mut(start), iov_len: bytes };
+        // SAFETY: the pages outlive the ring or keep their frames until it ends, and no reference to the bytes that
+        // `read` changes exists.
+        unsafe { ring.submitter().register_buffers(&[buffer]) }?;
+        Ok(Self { ring, start, bytes })
+    }
+
+    /// Has the kernel read bytes of a file to a part of the pinned memory.
+    #[expect(unsafe_code, reason = "as above")]
+    pub(crate) fn read(&mut self, file: &File, offset: u64, into: Range<usize>) -> io::Result<usize> {
+        assert!(into.end <= self.bytes, "inside");
+        let to = with_exposed_provenance_mut(self.start + into.start);
+        let read = opcode::ReadFixed::new(types::Fd(file.as_raw_fd()), to, into.len() as u32, 0);
+        // SAFETY: the file and the pinned memory live until the read has ended, for which this call waits.
+        unsafe { self.ring.submission().push(&read.offset(offset).build()) }.expect("room for a read");
+        loop {
+            match self.ring.submit_and_wait(1) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => panic!("no read: {error}"),
+                Ok(_) => {}
+            }
+            if let Some(answer) = self.ring.completion().next() {
+                return usize::try_from(answer.result())
+                    .map_err(|_| io::Error::from_raw_os_error(-answer.result()));
+            }
+        }
+    }
+
+    /// Ends the pin before it returns. A drop ends it some time later.
+    pub(crate) fn unpin(self) {
+        self.ring.submitter().unregister_buffers().unwrap();
+    }
 }
 
 /// Reserves free addresses.

@@ -172,6 +172,72 @@ fn a_worker_and_signal_handlers_share_a_budget() {
     assert_eq!(budget.overruns(), 0);
 }
 
+#[test]
+fn the_last_budget_of_a_builder_is_that_of_its_region() {
+    let [first, last] = [(); 2].map(|()| Budget::bytes(BUDGET).unwrap());
+    let builder = Region::builder().budget(&first).chunk(vec![7u8; 18 << 20]).budget(&last);
+    let region = builder.build(&pool(1)).unwrap();
+    assert!(region.as_slice().iter().step_by(4096).all(|byte| *byte == 7));
+    assert_eq!((first.resident_bytes(), first.evictions()), (0, 0));
+    assert!(last.resident_bytes() <= BUDGET && last.evictions() > 500, "{:?}", last.metrics());
+}
+
+#[test]
+fn each_region_of_a_pool_keeps_within_its_own_budget() {
+    each_region_keeps_within_its_own_budget(&pool(2));
+}
+
+#[test]
+fn each_inline_region_keeps_within_its_own_budget() {
+    each_region_keeps_within_its_own_budget(Inline);
+}
+
+fn each_region_keeps_within_its_own_budget(server: impl Into<Server>) {
+    let (bytes, server) = (words(18 << 20), server.into());
+    let parts = [5, 7].map(|mebibytes| {
+        let budget = Budget::bytes(mebibytes << 20).unwrap();
+        let builder = Region::builder().chunk(bytes.clone()).budget(&budget);
+        (budget, builder.build(server.clone()).unwrap())
+    });
+    let is_over = AtomicBool::new(false);
+    let most = scope(|scope| {
+        let sampler = scope.spawn(|| {
+            let mut most = [0; 2];
+            while !is_over.load(Ordering::Relaxed) {
+                for (most, (budget, _)) in most.iter_mut().zip(&parts) {
+                    *most = budget.resident_bytes().max(*most);
+                }
+                thread::yield_now();
+            }
+            most
+        });
+        let readers: Vec<_> = (0..)
+            .zip(&parts)
+            .map(|(seed, (_, region))| {
+                let bytes = &bytes;
+                scope.spawn(move || {
+                    for at in random(seed, bytes.len() / 8).take(READS) {
+                        assert_eq!(region.as_slice()[at * 8..][..8], bytes[at * 8..][..8], "word {at}");
+                    }
+                })
+            })
+            .collect();
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+        is_over.store(true, Ordering::Relaxed);
+        sampler.join().unwrap()
+    });
+    for (most, (budget, _)) in most.iter().zip(&parts) {
+        let metrics = budget.metrics();
+        assert!(*most <= budget.limit() && *most > budget.limit() / 4 * 3, "{most} bytes: {metrics:?}");
+        assert!(metrics.evictions > 300 && metrics.overruns == 0, "{metrics:?}");
+    }
+    let [(small, region), (large, _kept)] = parts;
+    let before = large.resident_bytes();
+    drop(region);
+    assert!(small.resident_bytes() <= small.standby_bytes(), "{:?}", small.metrics());
+    assert!(large.resident_bytes() >= before / 4 * 3, "{:?}", large.metrics());
+}
+
 /// Other threads hold the right to choose and the pages of the ended region on their way out.
 #[test]
 fn inline_regions_of_a_budget_end_while_signal_handlers_evict_their_pages() {

@@ -2,24 +2,28 @@
 //! lost.
 
 use crate::machine::rounds;
-use crate::waits::until;
+use crate::waits::{comes_true, until};
 use crate::{PAGE, SetOnDrop, pattern};
 use nix::libc::{self, EIO, ENOSPC};
 use pagestitch::source::{FailureReason, WritableFile, WritableSource};
-use pagestitch::{Budget, BuildOption, Chunk, ErrorKind, Pool, Region, SharedRegion, Source, WriteBack};
+use pagestitch::{
+    Budget, BuildOption, Chunk, ErrorKind, Pool, Process, Region, SharedRegion, Source, WriteBack,
+};
 use pagestitch_kernel::Errno;
+use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::deny::deny_copies;
 use pagestitch_testkit::scope::scope;
-use pagestitch_testkit::{child, this_test};
+use pagestitch_testkit::{this_test, wait};
 use proptest::prelude::*;
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 pub(crate) const BUDGET: u64 = 6 << 20;
 /// More than twice the budget.
@@ -464,31 +468,81 @@ fn direct_reads_of_a_file_into_pages_that_leave_lose_no_byte() {
     (0..PAGES).for_each(|page| assert_eq!(disk.word(page), shadow[page], "page {page}"));
 }
 
+/// The bytes of a page in a round. Each word is that of one page and round.
+pub(crate) fn stamped(page: usize, round: u64) -> Vec<u8> {
+    let stamp = round << ROUND | (page as u64) << 16;
+    let words: Vec<_> = (0..PAGE as u64 / 8).map(|word| (stamp | word).to_ne_bytes()).collect();
+    words.as_flattened().to_vec()
+}
+
+/// The first bit of the round in a word.
+const ROUND: u32 = 48;
+
+/// The round of which a page of a file has all bytes; 0 for zeros.
+pub(crate) fn round_of(page: usize, bytes: &[u8]) -> u64 {
+    let round = u64::from_ne_bytes(bytes[..8].try_into().unwrap()) >> ROUND;
+    let expected = if round == 0 { vec![0; PAGE] } else { stamped(page, round) };
+    assert!(bytes == expected, "page {page} has bytes of round {round}, and others");
+    round
+}
+
+/// True if the first word of a page of a file is that of a second or later round. The others may be on their way.
+pub(crate) fn has_second_round(page: usize, file: &File) -> bool {
+    let mut word = [0; 8];
+    file.read_exact_at(&mut word, (page * PAGE) as u64).unwrap();
+    u64::from_ne_bytes(word) >> ROUND > 1
+}
+
+/// Kills a child as soon as it has written something. Fails with its output if it has ended before, or hangs.
+pub(crate) fn kill_when(mut child: ChildTest, mut has_written: impl FnMut() -> bool) {
+    let process = Process::open(child.id()).unwrap();
+    let mut is_written = false;
+    comes_true(|| {
+        is_written = has_written();
+        is_written || wait::readable(&process, Duration::ZERO)
+    });
+    child.kill();
+    let end = child.wait();
+    assert!(is_written, "the child has not written: {}", end.output());
+}
+
 /// The child is killed while pages of a file leave.
 #[test]
 fn a_kill_while_pages_leave_leaves_old_or_new_bytes_in_each_page_of_the_file() {
-    let body = child::body(this_test!(), |path| {
+    a_kill_leaves_old_or_new_bytes(child::body(this_test!(), |path| {
         let file = WritableFile::open(Path::new(path)).unwrap();
         let budget = Budget::bytes(BUDGET).unwrap();
         let region = bounded(&budget, Chunk::writable(Arc::new(file)), 2);
         for round in 1..=u8::MAX {
-            (0..PAGES).for_each(|page| region.write_at((page * PAGE) as u64, &[round; PAGE]).unwrap());
+            for page in 0..PAGES {
+                region.write_at((page * PAGE) as u64, &stamped(page, round.into())).unwrap();
+            }
         }
         panic!("the parent kills this process before");
-    });
+    }));
+}
+
+/// Kills children while they write back all pages of a file, round after round.
+pub(crate) fn a_kill_leaves_old_or_new_bytes(body: child::Body<'_>) {
     if moves_no_pages() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("file");
-    File::create(&path).unwrap().set_len((PAGES * PAGE) as u64).unwrap();
-    let mut process = body.spawn(&path);
-    // The file changes only by write-backs.
-    until(|| fs::read(&path).unwrap()[7 * PAGE] > 1);
-    process.kill();
-    process.wait();
-    let bytes = fs::read(&path).unwrap();
-    assert!(bytes.chunks(PAGE).all(|page| page.iter().all(|byte| *byte == page[0])), "a torn page");
+    for kill in 0..rounds(5).min(3) as usize {
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        file.set_len((PAGES * PAGE) as u64).unwrap();
+        let read = |page: usize, into: &mut [u8]| file.read_exact_at(into, (page * PAGE) as u64).unwrap();
+        // The file changes only by write-backs. A page in use may stay for many rounds.
+        let pages = || (kill * PAGES / 8..PAGES).step_by(16);
+        kill_when(body.spawn(&path), || pages().any(|page| has_second_round(page, &file)));
+        let mut bytes = vec![0; PAGE];
+        let rounds = (0..PAGES).map(|page| {
+            read(page, &mut bytes);
+            round_of(page, &bytes)
+        });
+        assert!(rounds.max() > Some(1));
+    }
 }
 
 #[derive(Debug, Clone)]

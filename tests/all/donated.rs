@@ -1,6 +1,7 @@
 //! Donated pages move into a region: they are not copied, and the zeros that they leave behind are
 //! never read.
 
+use crate::application::FixedBuffer;
 use crate::{PAGE, SIGBUS, cannot_inherit, discard, pattern, reason, touch, until};
 use pagestitch::source::{Donated, FailureReason, Pages};
 use pagestitch::{Chunk, ErrorKind, Inline, Method, Pool, Readahead, Region};
@@ -336,31 +337,13 @@ fn pinned_pages_are_copied() {
     }
     let bytes = pattern(5, 3 * PAGE);
     let pages = pages_of(&bytes);
-    let Some(_pin) = pin(&pages) else { return };
+    let pinned = FixedBuffer::pin(pages.as_ptr().expose_provenance(), pages.len());
+    let Ok(_pinned) = pinned else { return println!("SKIPPED {}: no io_uring", this_test!()) };
     let region =
         Region::builder().chunk(pages).readahead(Readahead::None).build(&Pool::new().unwrap()).unwrap();
     assert!(region.as_slice() == bytes);
     let seen = region.close();
     assert_eq!((seen.pages_moved, seen.pages_copied), (0, 3));
-}
-
-/// Registers memory with an io_uring, which pins its pages. `None` where io_uring is not available.
-#[expect(unsafe_code, reason = "io_uring has no wrapper here")]
-fn pin(bytes: &[u8]) -> Option<std::os::fd::OwnedFd> {
-    use nix::libc::{SYS_io_uring_register, SYS_io_uring_setup, iovec, syscall};
-    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-    let mut parameters = [0u32; 30];
-    // SAFETY: the kernel writes the 120 bytes of `parameters`.
-    let ring = unsafe { syscall(SYS_io_uring_setup, 1_i64, parameters.as_mut_ptr()) };
-    if ring < 0 {
-        return None;
-    }
-    // SAFETY: a descriptor that the kernel has just made.
-    let ring = unsafe { OwnedFd::from_raw_fd(ring as i32) };
-    let buffer = iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // SAFETY: the kernel reads one iovec and pins the pages of `bytes`, whose content stays.
-    let answer = unsafe { syscall(SYS_io_uring_register, ring.as_raw_fd(), 0_i64, &raw const buffer, 1_i64) };
-    (answer == 0).then_some(ring)
 }
 
 /// The signal handler of the library cannot keep a failure. It leaves the page as it is, so that

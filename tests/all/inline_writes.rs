@@ -1,7 +1,8 @@
 //! Regions that are served inline, and whose written pages go back to their sources: no write is lost.
 
 use crate::bounded_writes::{
-    BUDGET, Disk, PAGES, bounded, builder, mix, moves_no_pages, word, write_and_verify, write_beside_flushes,
+    BUDGET, Disk, PAGES, a_kill_leaves_old_or_new_bytes, bounded, builder, mix, moves_no_pages, stamped,
+    word, write_and_verify, write_beside_flushes,
 };
 use crate::changes::records_no_writes;
 use crate::machine::rounds;
@@ -16,11 +17,12 @@ use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A file in memory that takes written pages.
-fn file(bytes: &[u8]) -> (File, Chunk) {
+pub(crate) fn file(bytes: &[u8]) -> (File, Chunk) {
     let file =
         File::from(memfd_create("table", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap());
     file.write_all_at(bytes, 0).unwrap();
@@ -32,7 +34,7 @@ fn inline(budget: &Budget, chunk: Chunk) -> SharedRegion {
     builder(budget, chunk).build_shared(Inline).unwrap()
 }
 
-fn word_of(file: &File, page: usize) -> u64 {
+pub(crate) fn word_of(file: &File, page: usize) -> u64 {
     let mut bytes = [0; 8];
     file.read_exact_at(&mut bytes, (page * PAGE) as u64).unwrap();
     u64::from_ne_bytes(bytes)
@@ -295,6 +297,48 @@ fn an_inline_budget_full_of_pages_that_cannot_go_back_raises_a_signal_and_loses_
         return end.expect_pass();
     }
     assert!(end.output().contains("all pages are there"), "{}", end.output());
+}
+
+/// The kernel counts the writes of the thread that the handlers interrupt.
+#[test]
+fn evictions_of_an_inline_region_write_neighbouring_dirty_pages_at_once() {
+    let writes = || {
+        let counts = std::fs::read_to_string("/proc/thread-self/io").ok()?;
+        let calls = counts.lines().find_map(|line| line.strip_prefix("syscw: "))?;
+        Some(calls.parse::<u64>().unwrap())
+    };
+    if moves_no_pages() {
+        return;
+    }
+    let Some(before) = writes() else {
+        return println!("SKIPPED {}: this kernel counts no writes of threads", this_test!());
+    };
+    let (budget, (file, chunk)) = (Budget::bytes(BUDGET).unwrap(), file(&vec![0; PAGES * PAGE]));
+    let region = inline(&budget, chunk);
+    (0..PAGES).for_each(|page| store(&region, page, page as u64 + 1));
+    let (writes, pages) = (writes().unwrap() - before, budget.metrics().write_backs);
+    assert!(pages > PAGES as u64 / 2 && writes < pages / 4, "{pages} pages in {writes} writes");
+    region.finish().unwrap();
+    (0..PAGES).for_each(|page| assert_eq!(word_of(&file, page), page as u64 + 1));
+}
+
+/// The child is killed while its signal handlers write pages to a file.
+#[test]
+fn a_kill_while_pages_of_an_inline_region_leave_leaves_old_or_new_bytes_in_each_page_of_the_file() {
+    a_kill_leaves_old_or_new_bytes(child::body(this_test!(), |path| {
+        let file = WritableFile::open(Path::new(path)).unwrap();
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let region = inline(&budget, Chunk::writable(Arc::new(file)));
+        for round in 1..=u8::MAX {
+            for page in 0..PAGES {
+                // A touch has other pages leave in the handler. A store in the place of the call could leave part of
+                // a page to the file.
+                let _ = load(&region, page);
+                region.write_at((page * PAGE) as u64, &stamped(page, round.into())).unwrap();
+            }
+        }
+        panic!("the parent kills this process before");
+    }));
 }
 
 /// A forked child has neither the region nor the thread that evicts.

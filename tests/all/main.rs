@@ -7,6 +7,7 @@ mod background;
 mod blocks;
 mod bounded;
 mod bounded_corners;
+mod bounded_files;
 mod bounded_writes;
 mod changes;
 mod changes_written_back;
@@ -29,6 +30,7 @@ mod fault_free;
 mod fetches;
 
 mod firecracker;
+mod fixed_buffers;
 mod growth;
 mod hand_over;
 mod homes;

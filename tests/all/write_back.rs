@@ -1,9 +1,12 @@
 //! Write-back: written pages reach their sources by a flush or by the drop, and no error loses one.
 
-use crate::bounded_writes::moves_no_pages;
+use crate::bounded_writes::{
+    BUDGET, PAGES, bounded, has_second_round, kill_when, moves_no_pages, round_of, stamped,
+};
 use crate::changes::records_no_writes;
 use crate::machine::rounds;
-use crate::{PAGE, REPORTS, SetOnDrop, discard, pattern, touch, until};
+use crate::waits::until;
+use crate::{PAGE, REPORTS, SetOnDrop, discard, pattern, touch};
 use nix::libc::{EIO, ENOSPC};
 use pagestitch::source::{WritableFile, WritableSource};
 use pagestitch::{
@@ -130,6 +133,42 @@ fn a_flush_writes_neighbouring_dirty_pages_at_once_and_syncs() {
     let mut all = vec![0; bytes.len()];
     region.read_at(0, &mut all).unwrap();
     assert!(disk.state().bytes == all);
+}
+
+/// Pages leave in batches, each in the order of addresses.
+#[test]
+fn an_eviction_writes_neighbouring_dirty_pages_at_once() {
+    if moves_no_pages() {
+        return;
+    }
+    const RUNS: [Range<usize>; 4] = [3..9, 10..11, 20..52, 60..62];
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(&[1; 64 * PAGE]));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
+    region.populate(..).unwrap();
+    RUNS.into_iter().for_each(|run| region.write_at(at(run.start), &vec![2; run.len() * PAGE]).unwrap());
+    until(|| {
+        region.evict(..).unwrap();
+        budget.metrics().dirty_bytes == 0
+    });
+    assert_eq!(disk.writes(), RUNS.map(|run| (at(run.start), run.len() * PAGE)));
+    let is_written = |page: usize| RUNS.iter().any(|run| run.contains(&page));
+    let expected: Vec<u8> = (0..64).flat_map(|page| [1 + u8::from(is_written(page)); PAGE]).collect();
+    assert!(disk.state().bytes == expected);
+}
+
+/// A thread writes one page after the other, and needs room.
+#[test]
+fn evictions_for_room_write_neighbouring_dirty_pages_at_once() {
+    if moves_no_pages() {
+        return;
+    }
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(&vec![1; PAGES * PAGE]));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
+    (0..PAGES).for_each(|page| region.write_at(at(page), &[2; PAGE]).unwrap());
+    let (writes, metrics) = (disk.writes(), budget.metrics());
+    let pages = writes.iter().map(|(_, bytes)| bytes / PAGE).sum::<usize>();
+    assert!(pages > PAGES / 2, "{metrics:?}");
+    assert!(writes.len() < pages / 8, "{pages} pages in {} writes", writes.len());
 }
 
 /// A system call that writes changes bytes after the kernel has taken its record of the write.
@@ -491,7 +530,7 @@ fn a_kill_during_write_back_leaves_old_or_new_bytes_in_each_page() {
         let region = file_region(Path::new(path));
         for round in 1..=u8::MAX {
             for page in 0..KILLED_PAGES {
-                region.write_at(at(page), &[round; PAGE]).unwrap();
+                region.write_at(at(page), &stamped(page, round.into())).unwrap();
             }
             println!("round {round}");
             region.flush(..).unwrap();
@@ -505,14 +544,12 @@ fn a_kill_during_write_back_leaves_old_or_new_bytes_in_each_page() {
     let path = folder.path().join("file");
     for _ in 0..3 {
         File::create(&path).unwrap().set_len(at(KILLED_PAGES)).unwrap();
-        let mut process = body.spawn(&path);
+        let file = File::open(&path).unwrap();
         // The file changes only by a write-back.
-        until(|| fs::read(&path).unwrap()[0] > 1);
-        process.kill();
-        process.wait();
+        kill_when(body.spawn(&path), || has_second_round(0, &file));
         let bytes = fs::read(&path).unwrap();
-        let rounds: Vec<u8> = bytes.chunks(PAGE).map(|page| page[0]).collect();
-        assert!(bytes.chunks(PAGE).all(|page| page.iter().all(|byte| *byte == page[0])), "a torn page");
+        let rounds: Vec<_> =
+            bytes.chunks(PAGE).enumerate().map(|(page, bytes)| round_of(page, bytes)).collect();
         let (least, most) = (rounds.iter().min().unwrap(), rounds.iter().max().unwrap());
         assert!(most - least <= 1, "old bytes or new ones: {rounds:?}");
     }

@@ -3,13 +3,18 @@
 use crate::{has, page};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork};
 use pagestitch_kernel::arena::{ArenaError, Discards, Runs};
 use pagestitch_kernel::uffd::{Arrival, RegisterMode};
 use pagestitch_kernel::{
     Access, Arena, Batch, Errno, Evictable, Features, Outcome, Page, PageSize, Span, StableView, Uffd, View,
 };
+use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::thread;
 
 struct Bounded {
@@ -42,6 +47,16 @@ impl Bounded {
 
     fn byte(&self, index: usize) -> u8 {
         self.view.as_slice()[index * PageSize::system().bytes()]
+    }
+
+    /// Writes the byte that a page has already.
+    fn write_again(&self, index: usize) {
+        let start = self.from.reservation().addresses(page(index)).start();
+        // SAFETY: no byte of the page changes, and no other thread accesses it.
+        #[expect(unsafe_code, reason = "a write of the application")]
+        unsafe {
+            std::ptr::with_exposed_provenance_mut::<u8>(start).write_volatile(index as u8 + 1);
+        }
     }
 
     fn present(&self) -> Vec<bool> {
@@ -115,6 +130,73 @@ fn a_locked_page_stays() {
     let outcome = arena.take_in(&bounded.from, page(0), 0);
     assert!(matches!(outcome, Outcome::Refused(_)), "{outcome:?}");
     assert!(bounded.from.discard(page(0)).is_err());
+    assert_eq!(bounded.byte(0), 1);
+}
+
+/// A child of fork that shares the frames of the region, until its end.
+struct Sharing {
+    child: Pid,
+    /// The child ends when this is closed.
+    connected: UnixStream,
+}
+
+impl Sharing {
+    fn start(bounded: &Bounded) -> Self {
+        let range = bounded.from.reservation().range();
+        // SAFETY: the advice changes no byte of the region.
+        #[expect(unsafe_code, reason = "madvise")]
+        let advised = unsafe { libc::madvise(range.start() as *mut _, range.bytes(), libc::MADV_DOFORK) };
+        assert_eq!(advised, 0);
+        let (mut ours, mut of_child) = UnixStream::pair().unwrap();
+        // SAFETY: the child reads memory of this test, and its socket, and takes no lock.
+        #[expect(unsafe_code, reason = "fork(2) limits its child")]
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => {
+                drop(of_child);
+                let mut byte = [0];
+                ours.read_exact(&mut byte).unwrap();
+                assert_eq!(byte, [1], "the child reads a byte of page 0");
+                Self { child, connected: ours }
+            }
+            ForkResult::Child => {
+                drop(ours);
+                let _ = of_child.write_all(&[bounded.byte(0)]);
+                let _ = of_child.read(&mut [0]);
+                // SAFETY: ends the child, and touches no memory.
+                #[expect(unsafe_code, reason = "exit(3) takes locks")]
+                unsafe {
+                    libc::_exit(0)
+                }
+            }
+        }
+    }
+
+    fn end(self) {
+        // Not by a drop, because a child of another test may have the socket, too.
+        self.connected.shutdown(Shutdown::Both).unwrap();
+        assert_eq!(waitpid(self.child, None), Ok(WaitStatus::Exited(self.child, 0)));
+    }
+}
+
+/// A fork ends the kernel's note that a frame has one owner, and the end of the child does not bring it back.
+#[test]
+fn a_page_whose_frame_a_forked_child_shares_stays_until_the_child_has_ended_and_the_page_is_written() {
+    let test =
+        "a_page_whose_frame_a_forked_child_shares_stays_until_the_child_has_ended_and_the_page_is_written";
+    let Some(arena) = arena(test, 2) else { return };
+    let bounded = Bounded::new(2);
+    let child = Sharing::start(&bounded);
+    assert_eq!(arena.take_in(&bounded.from, page(0), 0), Outcome::Busy);
+    assert_eq!((bounded.present(), bounded.byte(0)), (vec![true, true], 1));
+    assert_eq!(bounded.from.discard(page(1)), Ok(()), "a shared page can be dropped");
+    assert_eq!(bounded.present(), [true, false]);
+    child.end();
+    assert_eq!(arena.take_in(&bounded.from, page(0), 0), Outcome::Busy);
+    bounded.write_again(0);
+    assert_eq!(arena.take_in(&bounded.from, page(0), 0), Outcome::Done);
+    assert_eq!(bounded.present(), [false, false]);
+    let range = bounded.from.reservation().addresses(page(0));
+    assert_eq!(arena.give_back(&bounded.uffd, range, 0), Outcome::Done);
     assert_eq!(bounded.byte(0), 1);
 }
 
