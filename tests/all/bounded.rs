@@ -1,6 +1,6 @@
 //! Regions with a budget: pages leave, and come back with the same bytes. `memory_from_outside` looks at their memory.
 
-use crate::bounded_writes::moves_no_pages;
+use crate::bounded_writes::{Disk, bounded, moves_no_pages, word};
 use crate::inline_files::file_of;
 use crate::machine::rounds;
 use crate::waits::until;
@@ -9,11 +9,13 @@ use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, OnFailure
 use pagestitch::{Readahead, SharedRegion, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::this_test;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 
 /// A source of which each word differs.
 fn words(bytes: usize) -> Vec<u8> {
@@ -125,26 +127,31 @@ fn the_standby_list_of_signal_handlers_is_short_while_few_pages_come_back() {
     the_standby_list_has_the_length_it_is_worth(Inline.into());
 }
 
-/// Pages that come back leave holes in the standby list, at whose end it becomes short.
+/// Pages that come back leave holes in the standby list, which its end meets later.
 #[test]
-fn holes_of_the_standby_list_are_used_again_when_it_becomes_short() {
+fn holes_of_the_standby_list_are_used_again() {
     const ALL: usize = 14_000;
     const FEW: usize = 512;
+    if moves_no_pages() {
+        return println!("SKIPPED {}: no page waits in a slot", this_test!());
+    }
     let budget = Budget::bytes(32 << 20).unwrap();
-    let region = Region::builder().chunk(vec![7u8; ALL * PAGE]).budget(&budget).build(Inline).unwrap();
-    let touch = |page: usize| assert_eq!(region.as_slice()[page * PAGE], 7);
+    // Pages that an application has leave wait in slots, if written ones go back.
+    let region = bounded(&budget, Chunk::writable(Disk::of(vec![7; ALL * PAGE])), 1);
+    let touch = |page: usize| assert_ne!(word(&region, page).load(Ordering::Relaxed), 0);
     let mut sweep = (0..).map(|step| step * 4099 % ALL);
     for round in 0..12 {
         (0..FEW).for_each(touch);
         let soft_before = budget.soft_faults();
         let left = region.evict(..(FEW * PAGE) as u64).unwrap();
-        assert_eq!(left, (FEW * PAGE) as u64, "round {round}: {:?}", budget.metrics());
+        // The worker may still hold the last page.
+        assert!(left >= ((FEW - 1) * PAGE) as u64, "round {round}: {:?}", budget.metrics());
         (0..FEW).for_each(touch);
         let came_back = budget.soft_faults() - soft_before;
-        assert!(came_back > 300 || moves_no_pages(), "round {round}: {came_back} of {FEW} pages come back");
+        assert!(came_back > 300, "round {round}: {came_back} of {FEW} pages come back");
         sweep.by_ref().take(3000).for_each(touch);
     }
-    assert!(budget.resident_bytes() <= budget.limit());
+    assert!(budget.resident_bytes() <= budget.limit(), "{:?}", budget.metrics());
 }
 
 /// A worker, and the threads that touch an inline region, take each other's pages away.

@@ -411,30 +411,35 @@ fn read_in_order(of_region: Option<usize>, of_pool: Option<usize>) -> (u64, usiz
     (region.close().pages_ahead, open.most.load(Ordering::SeqCst))
 }
 
+/// A source that answers at once, and counts its requests.
+#[derive(Default)]
+struct Prompt(AtomicUsize);
+
+impl Fetch for Prompt {
+    fn size(&self) -> u64 {
+        16 << 20
+    }
+
+    fn fetch(&self, _: u64, reply: Reply) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        let sevens = vec![7; reply.len()];
+        reply.answer(&sevens);
+    }
+}
+
 /// The pages of a region with a budget that wait in standby are not requested again.
 #[test]
 fn a_page_that_waits_in_standby_comes_back_without_a_fetch() {
-    let (held, budget) = (Arc::new(Held::default()), Budget::bytes(32 << 20).unwrap());
+    // All pages that leave pass through the standby list of a budget that is so small.
+    let (prompt, budget) = (Arc::new(Prompt::default()), Budget::bytes(5 << 20).unwrap());
     let pool = Pool::builder().workers(1).start().unwrap();
-    let builder = Region::builder().chunk(Chunk::fetch(Arc::clone(&held))).budget(&budget);
+    let builder = Region::builder().chunk(Chunk::fetch(Arc::clone(&prompt))).budget(&budget);
     let region = builder.readahead(Readahead::None).build(&pool).unwrap();
-    scope(|scope| {
-        scope.spawn(|| (0..4).for_each(|_| held.answer()));
-        assert!((0..4).all(|page| region.as_slice()[page * PAGE] == 7));
+    (0..8_000).for_each(|step: usize| {
+        let page = step.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        assert_eq!(region.as_slice()[page % 1_500 * PAGE], 7);
     });
-    let left = region.evict(..2 * PAGE as u64).unwrap();
-    assert_eq!(left, 2 * PAGE as u64);
-    if moves_no_pages() {
-        return println!("SKIPPED {}: pages leave for good", this_test!());
-    }
-    scope(|scope| {
-        let reader = scope.spawn(|| assert_eq!(region.as_slice()[0], 7));
-        until(|| reader.is_finished() || held.open() > 0);
-        if held.open() > 0 {
-            held.answer();
-        }
-    });
-    assert_eq!(held.asked(), 4);
-    // The worker counts a page after the fault has ended.
-    until(|| budget.soft_faults() == 1);
+    let soft = budget.soft_faults();
+    assert!(soft > 100 || moves_no_pages(), "{:?}", budget.metrics());
+    assert_eq!(region.close().pages_buffered, prompt.0.load(Ordering::SeqCst) as u64);
 }

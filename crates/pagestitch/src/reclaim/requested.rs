@@ -16,7 +16,11 @@ impl Share {
         while !rest.is_empty() {
             let (chosen, passed) = self.resident(rest, &mut room);
             rest = rest.without_prefix(passed);
-            left += self.state.evict_these(&room[..chosen]);
+            left += match &self.dirty {
+                // They wait in slots until their bytes are in their sources.
+                Some(_) => self.state.evict_these(&room[..chosen]),
+                None => self.state.drop_pages(&room[..chosen]),
+            };
         }
         left
     }

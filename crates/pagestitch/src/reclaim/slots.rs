@@ -304,6 +304,21 @@ mod tests {
     }
 
     #[test]
+    fn slots_whose_pages_have_all_come_back_are_emptied_and_free_again() {
+        let (slots, mut ends) = slots(4);
+        slots.take(&mut ends, 4);
+        for slot in 0..4 {
+            slots.fill(slot, slot as u64);
+            assert!(slots.begin_return(slot, slot as u64).is_some());
+            slots.returned(slot);
+        }
+        let run = slots.begin_empty(&mut ends, 4, |_| {}).unwrap();
+        assert_eq!((run.slots(), run.frames), (0..4, 0));
+        slots.finish_empty(run);
+        assert_eq!(slots.take(&mut ends, 4), (0, 4));
+    }
+
+    #[test]
     fn a_dirty_page_is_not_emptied_before_it_is_written() {
         let (slots, mut ends) = slots(4);
         slots.take(&mut ends, 3);
