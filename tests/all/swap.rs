@@ -1,7 +1,7 @@
 //! Swapped pages are present, although `mincore(2)` calls them absent: their source is not read
 //! again, and they keep written bytes.
 
-use crate::bounded_writes::{BUDGET, Disk, bounded, moves_no_pages, word};
+use crate::bounded_writes::{BUDGET, Disk, bounded, mix, moves_no_pages, word};
 use crate::donated::pages_of;
 use crate::transient::without_descriptors;
 use crate::{PAGE, SetOnDrop, bounded_writes, comes_true, discard, inline_writes, pattern, until};
@@ -9,15 +9,20 @@ use nix::libc;
 use pagestitch::source::Donated;
 use pagestitch::{Budget, Chunk, Pool, Region, Source};
 use pagestitch_kernel::swap::is_on;
+use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::{Access, Arena, Evictable, Features, Outcome, Page, PageSize, Uffd, View};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, is_filled};
 use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 const BLOCK: usize = 2 << 20;
 
@@ -231,6 +236,59 @@ fn written_pages_of_a_budget_that_are_swapped_out_go_back_to_their_source() {
     region.finish().unwrap();
     let finished = (0..256).filter(|page| disk.word(*page) == 7).count();
     assert_eq!((flushed, kept, finished), (128, 256, 256));
+}
+
+/// Since Linux 6.18 a move that meets a page on its way to swap may answer that it has moved nothing, when it has.
+#[test]
+fn a_move_tells_each_page_that_it_has_moved() {
+    const PAGES: usize = 1024;
+    let Some(_swap) = Swap::or_skip() else { return };
+    if moves_no_pages() {
+        return;
+    }
+    let number = NonZeroUsize::new(PAGES).unwrap();
+    let (reservation, _view) = View::reserve(number, PageSize::system(), Access::Writable).unwrap();
+    let uffd = Uffd::open(Features::NONE).unwrap();
+    uffd.register(&reservation, RegisterMode::MISSING).unwrap();
+    reservation.use_small_pages();
+    let range = reservation.range();
+    assert_eq!(uffd.copy(range, &vec![7; PAGES * PAGE]), Outcome::Done);
+    // SAFETY: no slice of the bytes is used.
+    #[expect(unsafe_code, reason = "a promise of the caller")]
+    let from = unsafe { Evictable::new(Arc::clone(&reservation)) };
+    let (arena, is_over) = (Arena::new(number).unwrap(), AtomicBool::new(false));
+    let is_there = |page: usize| {
+        let mut is_there = false;
+        reservation.residency(Page(page).span(), |_, here| is_there = here).unwrap();
+        is_there
+    };
+    scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::SeqCst) {
+                page_out(range.start(), range.bytes());
+                thread::sleep(Duration::from_micros(200));
+            }
+        });
+        let _is_over = SetOnDrop(&is_over);
+        for step in 0..100_000_u64 {
+            let (page, mut byte) = (mix(step) as usize % PAGES, [0]);
+            // The page is in memory, and on its way to swap perhaps.
+            reservation.read_at((page * PAGE) as u64, &mut byte).unwrap();
+            let out = arena.take_in(&from, Page(page).span(), page);
+            assert_eq!(is_there(page), out != Outcome::Done, "step {step}: {out:?}");
+            if out != Outcome::Done {
+                continue;
+            }
+            arena.read(page, &mut byte).unwrap();
+            let address = reservation.addresses(Page(page).span());
+            while arena.give_back(&uffd, address, page) != Outcome::Done {
+                assert!(!is_there(page), "step {step}");
+            }
+        }
+    });
+    let mut bytes = vec![0; PAGES * PAGE];
+    reservation.read_at(0, &mut bytes).unwrap();
+    assert!(bytes == vec![7; PAGES * PAGE]);
 }
 
 /// The kernel swaps pages out while they are written, leave, go back and come back.

@@ -1,6 +1,6 @@
 //! Swap: which pages of this process are swapped out, and whether this kernel can move such pages.
 
-use crate::page::AddressRange;
+use crate::page::{AddressRange, PageSize};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use nix::sys::sysinfo::sysinfo;
@@ -28,6 +28,18 @@ pub(crate) fn find(range: AddressRange, there: &mut [u8]) {
         }
         first += there.len();
     }
+}
+
+/// True if the page at an address is present or swapped out, according to `/proc/self/pagemap`; false if that file
+/// cannot be read. Takes little stack, for signal handlers.
+#[inline(never)]
+pub(crate) fn has_entry(address: usize) -> bool {
+    let Ok(pagemap) = open(c"/proc/self/pagemap", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else {
+        return false;
+    };
+    let mut entry = [0; ENTRY];
+    let offset = address / PageSize::system().bytes() * ENTRY;
+    pread(&pagemap, &mut entry, offset as i64) == Ok(ENTRY) && entry[ENTRY - 1] >> 6 != 0
 }
 
 /// Checks that a page that may be swapped out can move (`UFFDIO_MOVE`). Before Linux 6.16 (and

@@ -17,6 +17,7 @@ mod adopt;
 pub mod inject;
 mod kept_fd;
 pub(crate) mod message;
+mod moved;
 mod open;
 mod opened;
 mod outcome;
@@ -223,8 +224,8 @@ impl Uffd {
     #[doc(alias = "UFFDIO_MOVE")]
     #[expect(unsafe_code, reason = "takes pages away")]
     pub unsafe fn move_pages(&self, range: AddressRange, source: AddressRange) -> Outcome {
-        assert_eq!(source.bytes(), range.bytes(), "the ranges have the same length");
-        self.fill(Operation::Move, range, |part, waiters| {
+        assert!(source.bytes() == range.bytes(), "the ranges differ in length");
+        let told = self.fill(Operation::Move, range, |part, waiters| {
             let mut request =
                 abi::UffdioCopy::new(part, source.start() + (part.start() - range.start()), waiters);
             // SAFETY: the kernel writes missing pages of registered memory, which have no value
@@ -232,7 +233,8 @@ impl Uffd {
             // caller owns and has no reference to.
             let answer = unsafe { abi::r#move(self.raw(), &raw mut request) };
             Outcome::interpret(answer, part.bytes(), request.copied)
-        })
+        });
+        self.moved(told, &range, &source)
     }
 
     /// Moves donated pages from `offset` on, a multiple of the page size, as
