@@ -10,7 +10,8 @@
 //!
 //! Only the destination of a move has to be registered. So the arena has a userfaultfd of its own, and
 //! pages of any region move there, while other threads read the region. The kernel clears the entry
-//! of the page in one step: a page that is pinned, or shared with a forked process, stays.
+//! of the page in one step: a page that is pinned, or shared with a forked process, stays. The latter stays until
+//! it is written, also after the process has ended.
 //!
 //! A page that leaves may come back with other bytes, if its source has changed. [`Evictable`] is the
 //! promise that no reader sees that.

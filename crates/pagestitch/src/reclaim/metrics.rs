@@ -36,7 +36,7 @@ pub struct BudgetMetrics {
     /// Pages that had left, and were filled from their source again.
     pub refaults: u64,
     /// Pages that should have left, and that the kernel kept: locked, pinned by a device, or shared with a
-    /// forked child.
+    /// forked child (`MADV_DOFORK`), also after its end, until they are written.
     pub kept: u64,
     /// Pages that were filled above the limit, because no page could leave.
     pub overruns: u64,
