@@ -12,6 +12,7 @@ use pagestitch_testkit::memory;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::this_test;
 use std::fs::{self, File};
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,17 +25,20 @@ fn bytes(pages: &Range<usize>) -> Range<u64> {
 /// the kernel. Prints a line and returns `None` where an io_uring pins nothing.
 fn pin(test: &str, region: &SharedRegion, pages: &Range<usize>) -> Option<FixedBuffer> {
     let start = word(region, pages.start).as_ptr().expose_provenance();
-    let mut pinned = None;
-    until(|| {
+    let pin = || {
         for page in pages.clone() {
-            memory::word_of(region, page * PAGE + HALF).fetch_or(0, Ordering::Relaxed);
+            let word = memory::word_of(region, page * PAGE + HALF);
+            // A store, because a compiler makes a load of `fetch_or(0)`.
+            word.store(word.load(Ordering::Relaxed), Ordering::Relaxed);
         }
-        pinned = Some(FixedBuffer::pin(start, pages.len() * PAGE));
-        // One of the pages may have left again.
-        !matches!(&pinned, Some(Err(error)) if error.raw_os_error() == Some(libc::EFAULT))
-    });
+        FixedBuffer::pin(start, pages.len() * PAGE)
+    };
+    let is_fault = |error: &io::Error| error.raw_os_error() == Some(libc::EFAULT);
+    // One of the pages may have left again.
+    let pinned = (0..100).map(|_| pin()).find(|pinned| !pinned.as_ref().is_err_and(is_fault));
+    let pinned = pinned.unwrap_or_else(|| Err(io::Error::from_raw_os_error(libc::EFAULT)));
     let refused = |error| println!("SKIPPED {test}: no io_uring pins memory here ({error})");
-    pinned?.map_err(refused).ok()
+    pinned.map_err(refused).ok()
 }
 
 /// A file that is read past the page cache, where its file system can do so, with its bytes.

@@ -251,7 +251,12 @@ pub fn descriptors_left() -> usize {
     let told = fs::metadata("/proc/self/fd").map_or(0, |folder| folder.len() as usize);
     let open = match told {
         // One entry is the folder itself, which is open meanwhile.
-        0 => fs::read_dir("/proc/self/fd").map_or(0, |open| open.count().saturating_sub(1)),
+        0 => match fs::read_dir("/proc/self/fd") {
+            Ok(open) => open.count().saturating_sub(1),
+            // None is left for the folder.
+            Err(error) if error.raw_os_error() == Some(libc::EMFILE) => usize::MAX,
+            Err(_) => 0,
+        },
         told => told,
     };
     most.unwrap_or(usize::MAX).saturating_sub(open)
