@@ -144,11 +144,11 @@ fn holes_of_the_standby_list_are_used_again() {
         (0..FEW).for_each(touch);
         let soft_before = budget.soft_faults();
         let left = region.evict(..(FEW * PAGE) as u64).unwrap();
-        // The worker may still hold the last page.
-        assert!(left >= ((FEW - 1) * PAGE) as u64, "round {round}: {:?}", budget.metrics());
+        // The worker may still hold the last pages.
+        assert!(left >= (FEW * PAGE / 2) as u64, "round {round}: {left}, {:?}", budget.metrics());
         (0..FEW).for_each(touch);
         let came_back = budget.soft_faults() - soft_before;
-        assert!(came_back > 300, "round {round}: {came_back} of {FEW} pages come back");
+        assert!(came_back > 200, "round {round}: {came_back} of {FEW} pages come back");
         sweep.by_ref().take(3000).for_each(touch);
     }
     assert!(budget.resident_bytes() <= budget.limit(), "{:?}", budget.metrics());

@@ -126,6 +126,7 @@ fn pool() -> Server {
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "a sanitizer takes memory for each access")]
 fn readers_of_a_pool_take_no_more_than_the_budget() {
     let most = most_memory(this_test!(), || readers(pool()));
     assert!(most <= BUDGET + BESIDE, "{most} bytes");
@@ -133,12 +134,14 @@ fn readers_of_a_pool_take_no_more_than_the_budget() {
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "a sanitizer takes memory for each access")]
 fn signal_handlers_take_no_more_than_the_budget() {
     let most = most_memory(this_test!(), || readers(Inline.into()));
     assert!(most <= BUDGET + BESIDE, "{most} bytes");
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "a sanitizer takes memory for each access")]
 fn writers_take_no_more_than_the_budget() {
     if moves_no_pages() {
         return println!("SKIPPED {}: no written page leaves", this_test!());
@@ -148,6 +151,7 @@ fn writers_take_no_more_than_the_budget() {
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "a sanitizer takes memory for each access")]
 fn writers_inline_take_no_more_than_the_budget() {
     if moves_no_pages() {
         return println!("SKIPPED {}: no written page leaves", this_test!());
@@ -158,6 +162,7 @@ fn writers_inline_take_no_more_than_the_budget() {
 
 /// Whole blocks are ahead of sequential readers in a larger budget. Each worker, and each reader, may have one more.
 #[test]
+#[cfg_attr(sanitized, ignore = "a sanitizer takes memory for each access")]
 fn sequential_readers_take_no_more_than_the_budget_and_a_block_each() {
     const BUDGET: usize = 64 << 20;
     const BYTES: usize = 192 << 20;

@@ -23,6 +23,7 @@ use crate::file_write::write_from;
 use crate::page::{AddressRange, Page, PageSize, Span};
 use crate::reservation::Reservation;
 use crate::swap;
+use crate::uffd::moved::There;
 use crate::uffd::{Arrival, OpenError, Outcome, RegisterMode, Uffd};
 use nix::libc::{self, c_void};
 use std::fmt;
@@ -110,7 +111,7 @@ impl Arena {
         if !uffd.features().contains(wanted) {
             return Err(ArenaError::NoMoves("this kernel cannot move pages: use Linux 6.8 or newer"));
         }
-        swap::moves_safely().map_err(ArenaError::NoMoves)?;
+        swap::moves_safely().and_then(|()| swap::tells()).map_err(ArenaError::NoMoves)?;
         let reservation = Reservation::new(slots, PageSize::system(), Access::LogicallyReadOnly, false)
             .map_err(|error| ArenaError::Refused(error.errno))?;
         reservation.set_name("standby");
@@ -140,8 +141,34 @@ impl Arena {
         // SAFETY: the reservation owns the pages at the source. By the promise of `Evictable`, a
         // reference to their bytes sees the same bytes when they are back, and waits meanwhile.
         #[expect(unsafe_code, reason = "the promise of Evictable is the one that move_pages asks for")]
-        unsafe {
-            self.uffd.move_pages(into, from.0.addresses(span))
+        let mut outcome = unsafe { self.uffd.move_pages(into, from.0.addresses(span)) };
+        if outcome != Outcome::Done {
+            outcome = self.taken_in(outcome, from, &span, slot);
+        }
+        outcome
+    }
+
+    /// The outcome of a move to empty slots, whose answer may tell too little. See `uffd/moved.rs`.
+    #[inline(never)] // a signal handler has a small stack
+    fn taken_in(&self, told: Outcome, from: &Evictable, span: &Span, slot: usize) -> Outcome {
+        let before = match told {
+            Outcome::AlreadyThere => 0,
+            Outcome::Partial { bytes } => bytes / PageSize::system().bytes(),
+            _ => return told,
+        };
+        let is_there = |address| matches!(There::of(address), There::Present | There::Swapped);
+        let left = |pages: usize| from.0.addresses(span.without_prefix(pages)).start();
+        let into = |pages: usize| self.slots_at(slot + pages..slot + pages + 1).start();
+        // The kernel tells itself that the first slot has a page.
+        let is_told = |pages| pages == 0 && told == Outcome::AlreadyThere;
+        let mut pages = before;
+        while pages < span.pages && !is_there(left(pages)) && (is_told(pages) || is_there(into(pages))) {
+            pages += 1;
+        }
+        match pages {
+            _ if pages == before => told,
+            _ if pages < span.pages => Outcome::Partial { bytes: pages * PageSize::system().bytes() },
+            _ => Outcome::Done,
         }
     }
 
@@ -154,9 +181,23 @@ impl Arena {
     pub fn give_back(&self, uffd: &Uffd, range: AddressRange, slot: usize) -> Outcome {
         // SAFETY: the arena owns its pages, and gives out no reference to them.
         #[expect(unsafe_code, reason = "the arena is the vouching owner that move_pages asks for")]
-        unsafe {
-            uffd.move_pages(range, self.slots_at(slot..slot + 1))
+        let mut outcome = unsafe { uffd.move_pages(range, self.slots_at(slot..slot + 1)) };
+        if outcome != Outcome::Done {
+            outcome = self.given_back(outcome, uffd, &range, slot);
         }
+        outcome
+    }
+
+    /// The outcome of a move of a full slot. If its page is there and the slot is empty, the page is the one. See
+    /// `uffd/moved.rs`.
+    #[inline(never)] // a signal handler has a small stack
+    fn given_back(&self, told: Outcome, uffd: &Uffd, range: &AddressRange, slot: usize) -> Outcome {
+        if told != Outcome::AlreadyThere || There::of(self.slots_at(slot..slot + 1).start()) != There::Missing
+        {
+            return told;
+        }
+        let _ = uffd.wake(*range);
+        Outcome::Done
     }
 
     /// Copies the pages of slots to missing pages of a region, and wakes the threads that wait there:

@@ -13,6 +13,7 @@ use crate::errno::Errno;
 use crate::mapping::{OwnedMapping, unlock};
 use crate::page::{AddressRange, HUGE, Page, PageSize, Span};
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::uffd::Outcome;
 use nix::sys::mman::{MmapAdvise, ProtFlags};
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -295,6 +296,16 @@ pub(crate) struct Taken<'d> {
 impl Taken<'_> {
     pub(crate) const fn span(&self) -> Span {
         self.span
+    }
+
+    /// Records the pages that a move has moved away.
+    #[inline(never)] // a signal handler has a small stack
+    pub(crate) fn note(&self, outcome: Outcome) {
+        match outcome {
+            Outcome::Done => self.moved(self.span.pages),
+            Outcome::Partial { bytes } => self.moved(bytes / PageSize::system().bytes()),
+            _ => {}
+        }
     }
 
     /// Records that the first `pages` of them have moved away.

@@ -1,6 +1,7 @@
 //! Swap: which pages of this process are swapped out, and whether this kernel can move such pages.
 
 use crate::page::{AddressRange, PageSize};
+use crate::uffd::moved::There;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use nix::sys::sysinfo::sysinfo;
@@ -30,16 +31,37 @@ pub(crate) fn find(range: AddressRange, there: &mut [u8]) {
     }
 }
 
-/// True if the page at an address is present or swapped out, according to `/proc/self/pagemap`; false if that file
-/// cannot be read. Takes little stack, for signal handlers.
+/// The place of the page at an address, according to `/proc/self/pagemap`. Takes little stack, for signal handlers.
 #[inline(never)]
-pub(crate) fn has_entry(address: usize) -> bool {
+pub(crate) fn entry(address: usize) -> There {
     let Ok(pagemap) = open(c"/proc/self/pagemap", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else {
-        return false;
+        return There::Unknown;
     };
     let mut entry = [0; ENTRY];
     let offset = address / PageSize::system().bytes() * ENTRY;
-    pread(&pagemap, &mut entry, offset as i64) == Ok(ENTRY) && entry[ENTRY - 1] >> 6 != 0
+    if pread(&pagemap, &mut entry, offset as i64) != Ok(ENTRY) {
+        return There::Unknown;
+    }
+    match entry[ENTRY - 1] >> 6 {
+        0 => There::Missing,
+        1 => There::Swapped,
+        _ => There::Present,
+    }
+}
+
+/// Checks that this process can tell swapped pages from missing ones, if there are any.
+///
+/// # Errors
+///
+/// The reason and the remedy, for a person.
+pub(crate) fn tells() -> Result<(), &'static str> {
+    let here = 0_u8;
+    if is_on() && entry((&raw const here).addr()) == There::Unknown {
+        return Err(
+            "swap is on, and /proc/self/pagemap, which tells swapped pages, cannot be read: mount /proc, keep the process dumpable, free a descriptor, or run swapoff -a",
+        );
+    }
+    Ok(())
 }
 
 /// Checks that a page that may be swapped out can move (`UFFDIO_MOVE`). Before Linux 6.16 (and

@@ -17,7 +17,7 @@ mod adopt;
 pub mod inject;
 mod kept_fd;
 pub(crate) mod message;
-mod moved;
+pub(crate) mod moved;
 mod open;
 mod opened;
 mod outcome;
@@ -41,7 +41,7 @@ use read::ReadMethod;
 
 use crate::errno::Errno;
 use crate::features::Features;
-use crate::page::AddressRange;
+use crate::page::{AddressRange, Span};
 use crate::pages::Donated;
 use crate::process::is_same_file;
 use nix::libc::c_int;
@@ -211,7 +211,9 @@ impl Uffd {
     /// Moves the private anonymous pages at `source` to the missing pages of `range`, and wakes the
     /// waiting threads. Linux 6.8.
     ///
-    /// The moved pages are missing at `source` afterwards.
+    /// The moved pages are missing at `source` afterwards. Since Linux 6.18 the outcome may be
+    /// [`Outcome::AlreadyThere`] for a page that has moved, or [`Outcome::Partial`] for too few: the page is missing at
+    /// `source` then, too.
     ///
     /// # Safety
     ///
@@ -225,7 +227,7 @@ impl Uffd {
     #[expect(unsafe_code, reason = "takes pages away")]
     pub unsafe fn move_pages(&self, range: AddressRange, source: AddressRange) -> Outcome {
         assert!(source.bytes() == range.bytes(), "the ranges differ in length");
-        let told = self.fill(Operation::Move, range, |part, waiters| {
+        self.fill(Operation::Move, range, |part, waiters| {
             let mut request =
                 abi::UffdioCopy::new(part, source.start() + (part.start() - range.start()), waiters);
             // SAFETY: the kernel writes missing pages of registered memory, which have no value
@@ -233,8 +235,7 @@ impl Uffd {
             // caller owns and has no reference to.
             let answer = unsafe { abi::r#move(self.raw(), &raw mut request) };
             Outcome::interpret(answer, part.bytes(), request.copied)
-        });
-        self.moved(told, &range, &source)
+        })
     }
 
     /// Moves donated pages from `offset` on, a multiple of the page size, as
@@ -247,18 +248,34 @@ impl Uffd {
     ///
     /// If the donation does not have as many pages there.
     pub fn move_donated(&self, range: AddressRange, donated: &Donated, offset: u64) -> Outcome {
-        let span = donated.span(offset, range.bytes());
-        let Some(taken) = donated.take(span) else { return Outcome::NotRegistered };
+        let Some(taken) = donated.take(donated.span(offset, range.bytes())) else {
+            return Outcome::NotRegistered;
+        };
         let part = range.part(0, taken.span().pages);
         // SAFETY: the donation owns the pages, and no slice of them exists.
         #[expect(unsafe_code, reason = "the donation is the vouching owner that move_pages asks for")]
-        let outcome = unsafe { self.move_pages(part, donated.range(taken.span())) };
-        match outcome {
-            Outcome::Done => taken.moved(taken.span().pages),
-            Outcome::Partial { bytes } => taken.moved(donated.span(offset, bytes).pages),
-            _ => {}
+        let mut outcome = unsafe { self.move_pages(part, donated.range(taken.span())) };
+        if outcome != Outcome::Done {
+            outcome = self.moved(outcome, &part, donated, taken.span());
         }
+        taken.note(outcome);
         outcome.of_part(part.bytes(), range.bytes())
+    }
+
+    /// The outcome of a move of donated pages, whose answer may tell too little. See `uffd/moved.rs`.
+    #[inline(never)] // a signal handler has a small stack
+    fn moved(&self, told: Outcome, range: &AddressRange, donated: &Donated, span: Span) -> Outcome {
+        let before = match told {
+            Outcome::AlreadyThere => 0,
+            Outcome::Partial { bytes } => bytes,
+            _ => return told,
+        };
+        let moved = moved::moved(before, range, &donated.range(span));
+        if moved == before {
+            return told;
+        }
+        let _ = self.wake(*range);
+        if moved < range.bytes() { Outcome::Partial { bytes: moved } } else { Outcome::Done }
     }
 
     /// Copies donated pages that cannot be moved. As [`move_donated`](Self::move_donated)
@@ -274,8 +291,9 @@ impl Uffd {
         offset: u64,
         arrival: Arrival,
     ) -> Outcome {
-        let span = donated.span(offset, range.bytes());
-        let Some(taken) = donated.take(span) else { return Outcome::NotRegistered };
+        let Some(taken) = donated.take(donated.span(offset, range.bytes())) else {
+            return Outcome::NotRegistered;
+        };
         let part = range.part(0, taken.span().pages);
         let outcome = self.copy_from(part, donated.range(taken.span()).start(), arrival);
         outcome.of_part(part.bytes(), range.bytes())

@@ -543,9 +543,9 @@ impl<S> Builder<S> {
     /// * **Server**: a [`Pool`](crate::Pool), a [`Manual`](crate::Manual) or [`Inline`](crate::Inline), not
     ///   [`Eager`](crate::Eager). Not for adopted memory, and not with
     ///   [`inherit_on_fork`](Self::inherit_on_fork). The region is [`writable`](Self::writable).
-    /// * **With a [budget](Self::budget)** the region is built [`write_back`](Self::write_back) too, and faults
-    ///   tell the first write to a page, so that the kernel keeps no record.
     /// * Requires Linux 6.7, or 6.10 on arm64. Takes one more descriptor.
+    /// * **With a [budget](Self::budget)** the region is built [`write_back`](Self::write_back) too, and faults
+    ///   tell the first write to a page: the kernel keeps no record, and it is Linux 6.8.
     ///
     /// ```
     /// # use pagestitch::{Chunk, ErrorKind, Pool, Region};

@@ -88,8 +88,9 @@ impl AnyRegion {
     /// * Nor is a page taken out without a report of the kernel, by a guard (`MADV_GUARD_INSTALL`) that is
     ///   removed again, or by a move with another userfaultfd.
     ///
-    /// * **With a [budget](crate::Builder::budget)**, a page is reported by each call from its first write on until
-    ///   it is back in its source, and once more. A flush before the call keeps the reports short.
+    /// With a [budget](crate::Builder::budget), a page is reported by each call from its first write on until it is
+    /// back in its source, and once more. A flush before the call keeps the reports short, except for pages that
+    /// stay dirty, because they are pinned or have padding.
     ///
     /// A call takes about 0.9 ms for each GiB of pages that are present, and a few microseconds beside
     /// it. After the first discard, or without [reports](crate::Builder::report_discards) of them, it

@@ -2,11 +2,12 @@
 
 use crate::api::AnyRegion;
 use crate::api::refused::refused;
-use crate::error::Error;
-use crate::source::{ask_writer, write_all};
+use crate::error::{Error, Failure};
+use crate::source::{Backing, ask_writer, write_all};
 use crate::space::layout::Piece;
-use crate::space::{Flushes, RecordFor, Target, WrittenBack, WrittenPages};
+use crate::space::{FailedSyncs, Flushes, RecordFor, Target, WrittenBack, WrittenPages};
 use pagestitch_kernel::{Errno, Span};
+use std::collections::HashMap;
 use std::ops::{Range, RangeBounds};
 use std::ptr;
 use std::sync::Arc;
@@ -76,14 +77,16 @@ impl AnyRegion {
             (None, Some(back)) => self.write_bounded(back, span, not_written),
             (None, None) => unreachable!("written pages are recorded if they go back"),
         };
+        let mut failures = HashMap::new();
         for piece in distinct(sources) {
             let Err(error) = ask_writer(piece.backing.writer(), |writer| writer.sync()) else { continue };
             let failure = Arc::new(piece.failed(error));
             not_written(span, &Error::of_failure(self.name(), Arc::clone(&failure)));
             failed_syncs.note(offsets.clone(), &failure);
-            if let Some(back) = self.served.written_back() {
-                self.lost_chunks(back, &piece, &offsets).for_each(|lost| failed_syncs.note(lost, &failure));
-            }
+            failures.insert(ptr::from_ref(piece.backing), failure);
+        }
+        if let Some(back) = self.served.written_back().filter(|_| !failures.is_empty()) {
+            self.note_lost_chunks(back, &failures, &offsets, &mut failed_syncs);
         }
         first_error.map_or(Ok(()), Err)?;
         match failed_syncs.find(&offsets) {
@@ -92,23 +95,25 @@ impl AnyRegion {
         }
     }
 
-    /// The chunks of a region with a budget of which a failed sync may have lost bytes: those of its source that
-    /// meet the flush, and those whose pages have left since the last sync, because no later sync tells of them.
-    fn lost_chunks(
+    /// Notes the chunks of a region with a budget of which failed syncs may have lost bytes: those of their sources
+    /// that meet the flush, and those whose pages have left since the last sync, because no later sync tells of them.
+    fn note_lost_chunks(
         &self,
         back: &dyn WrittenBack,
-        failed: &Piece<'_>,
+        failures: &HashMap<*const Backing, Arc<Failure>>,
         flushed: &Range<u64>,
-    ) -> impl Iterator<Item = Range<u64>> {
+        failed_syncs: &mut FailedSyncs,
+    ) {
         let mut end = 0;
-        self.served.layout.pieces(0..self.served.len()).filter_map(move |piece| {
+        for piece in self.served.layout.pieces(0..self.served.len()) {
             let offsets = end..end + piece.bytes;
             end = offsets.end;
+            let Some(failure) = failures.get(&ptr::from_ref(piece.backing)) else { continue };
             let meets = offsets.start < flushed.end && flushed.start < offsets.end;
-            let is_lost =
-                ptr::eq(piece.backing, failed.backing) && (back.take_unsynced(piece.chunk) || meets);
-            is_lost.then_some(offsets)
-        })
+            if back.take_unsynced(piece.chunk) || meets {
+                failed_syncs.note(offsets, failure);
+            }
+        }
     }
 
     /// The last flush, before the end of the region, with a caller that takes its error.

@@ -181,8 +181,10 @@ impl Share {
             if piece.backing.writer().is_none() {
                 continue;
             }
+            // Before the write, because a sync that fails beside it may lose its bytes; and after it, because a sync
+            // that comes between would miss them.
+            dirty.unsynced.set(piece.chunk);
             let answer = ask_writer(piece.backing.writer(), |writer| write_all(writer, piece.offset, now));
-            // After the write, because a sync that comes between would miss it.
             dirty.unsynced.set(piece.chunk);
             answer.map_err(|error| Box::new(piece.failed(error)))?;
         }

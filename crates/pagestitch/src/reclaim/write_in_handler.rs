@@ -175,12 +175,14 @@ fn write_pieces(region: &Mapping, dirty: &DirtyPages, standby: &Standby, run: Sp
     while at < end {
         let piece = region.layout.piece_at(at, end);
         let Some(file) = piece.backing.file_to_write() else { return false };
+        // Before the write, because a sync that fails beside it may lose its bytes; and after it, because a sync that
+        // comes between would miss them.
+        dirty.unsynced.set(piece.chunk);
         // A truncated file must not grow again with a hole in it.
         let is_written = has_bytes(file, piece.offset + piece.bytes)
             && standby.arena.write_to(file, piece.offset, from..from + piece.bytes as usize);
         at += piece.bytes;
         from += piece.bytes as usize;
-        // After the write, because a sync that comes between would miss it.
         dirty.unsynced.set(piece.chunk);
         if !is_written {
             return false;

@@ -11,7 +11,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// A source that takes bytes back: written pages of a region that is built
@@ -139,8 +138,9 @@ pub struct WritableFile {
     file: fs::File,
     size: u64,
     path: PathBuf,
-    /// The errno of the first sync that has failed; 0 for none.
-    failed_sync: AtomicI32,
+    /// The errno of the first sync that has failed; 0 for none. Locked by each sync, because the kernel tells one
+    /// caller, and no other one may return before that is noted.
+    failed_sync: Mutex<i32>,
 }
 
 impl WritableFile {
@@ -164,7 +164,7 @@ impl WritableFile {
     pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
         match file::check(&mut file, &path)? {
-            (size, Access::Writable) => Ok(Self { file, size, path, failed_sync: AtomicI32::new(0) }),
+            (size, Access::Writable) => Ok(Self { file, size, path, failed_sync: Mutex::new(0) }),
             _ => {
                 let what = format!("{} is open for reading only: open it for writing too", path.display());
                 Err(Error::new(ErrorKind::UnusableFile, what).at_path(&path))
@@ -207,12 +207,12 @@ impl WritableSource for WritableFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        if let Err(error) = self.file.sync_data() {
-            let errno = error.raw_os_error().unwrap_or(libc::EIO);
-            // The first one stays.
-            let _ = self.failed_sync.compare_exchange(0, errno, Ordering::SeqCst, Ordering::SeqCst);
+        let mut failed = self.failed_sync.lock().unwrap_or_else(PoisonError::into_inner);
+        if *failed == 0 {
+            let synced = self.file.sync_data();
+            *failed = synced.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
         }
-        match self.failed_sync.load(Ordering::SeqCst) {
+        match *failed {
             0 => Ok(()),
             errno => Err(io::Error::from_raw_os_error(errno)),
         }

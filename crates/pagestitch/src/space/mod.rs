@@ -56,7 +56,7 @@ pub(crate) use deferred_free::DeferredFree;
 pub(crate) use discards::{DiscardNotice, Discards};
 pub(crate) use failure_table::FailureCallback;
 pub(crate) use fault_free::FaultFree;
-pub(crate) use flushes::Flushes;
+pub(crate) use flushes::{FailedSyncs, Flushes};
 pub(crate) use growth::{Growth, Reveal};
 pub use into_chunk::IntoChunk;
 pub(crate) use layout::{Layout, LayoutBuilder, Piece};

@@ -22,7 +22,7 @@ use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::page_scan::PageScan;
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
 use parking_lot::Mutex;
-use std::mem;
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
@@ -106,34 +106,34 @@ struct Turn {
     bounds: Option<Span>,
 }
 
-/// Pages that a caller has returned, or that the scan of another use has found.
+/// Pages that a caller has returned, or that the scan of another use has found, which may ask seldom, or never.
+///
+/// Invariant: spans that neither overlap nor touch, each by its first page with its end.
 #[derive(Debug, Default)]
-struct Returned {
-    spans: Vec<Span>,
-    /// The number of spans above which they are merged, because one use may ask seldom, or never.
-    most: usize,
-}
+struct Returned(BTreeMap<usize, usize>);
 
 impl Returned {
     fn add(&mut self, spans: &[Span]) {
-        self.spans.extend(spans.iter().filter(|span| !span.is_empty()));
-        if self.spans.len() > self.most {
-            self.spans = merged(mem::take(&mut self.spans));
-            self.most = (2 * self.spans.len()).max(MERGED_FROM);
+        for span in spans.iter().filter(|span| !span.is_empty()) {
+            let (mut first, mut end) = (span.first.0, span.end().0);
+            while let Some((&known, &last)) =
+                self.0.range(..=end).next_back().filter(|(_, last)| **last >= first)
+            {
+                self.0.remove(&known);
+                (first, end) = (first.min(known), end.max(last));
+            }
+            self.0.insert(first, end);
         }
     }
 
     /// Takes the pages of a span.
     fn take(&mut self, span: Span) -> Vec<Span> {
         let mut taken = Vec::new();
-        for returned in mem::take(&mut self.spans) {
-            let inside = gap(returned.first.max(span.first), returned.end().min(span.end()));
-            if inside.is_empty() {
-                self.spans.push(returned);
-                continue;
-            }
-            taken.push(inside);
-            self.add(&[gap(returned.first, inside.first), gap(inside.end(), returned.end())]);
+        let (first, end) = (span.first.0, span.end().0);
+        while let Some((&known, &last)) = self.0.range(..end).next_back().filter(|(_, last)| **last > first) {
+            self.0.remove(&known);
+            taken.push(gap(Page(known.max(first)), Page(last.min(end))));
+            self.add(&[gap(Page(known), Page(first)), gap(Page(end), Page(last))]);
         }
         taken
     }
@@ -400,8 +400,6 @@ fn words(span: Span) -> impl Iterator<Item = (usize, u64)> {
 }
 
 const USES: [RecordFor; 2] = [RecordFor::Changes, RecordFor::WriteBack];
-/// The fewest spans that are merged.
-const MERGED_FROM: usize = 64;
 /// The pages of a word.
 const WORD_PAGES: usize = u64::BITS as usize;
 /// The most pages in which one scan looks for absent ones: 128 MiB, so that it skips the parts of a
@@ -435,9 +433,10 @@ mod tests {
         let mut returned = Returned::default();
         returned.add(&[span(0, 10), span(20, 5)]);
         assert_eq!(returned.take(span(4, 3)), [span(4, 3)]);
-        assert_eq!(merged(returned.spans.clone()), [span(0, 4), span(7, 3), span(20, 5)]);
+        let left: Vec<_> = returned.0.clone().into_iter().collect();
+        assert_eq!(left, [(0, 4), (7, 10), (20, 25)]);
         assert_eq!(merged(returned.take(span(0, 100))).len(), 3);
-        assert_eq!(returned.spans, []);
+        assert!(returned.0.is_empty());
     }
 
     #[test]
@@ -446,14 +445,16 @@ mod tests {
         for round in 0..10_000 {
             returned.add(&[span(round % 7 * 10, 1)]);
         }
-        assert!(returned.spans.len() <= MERGED_FROM, "{}", returned.spans.len());
-        assert_eq!(merged(returned.take(span(0, 100))).len(), 7);
+        returned.add(&[span(5, 3), span(9, 2), span(7, 2)]);
+        assert_eq!(returned.0.len(), 7);
+        assert_eq!(merged(returned.take(span(0, 15))), [span(0, 1), span(5, 6)]);
+        assert_eq!(merged(returned.take(span(0, 100))).len(), 5);
     }
 
     #[test]
     fn the_pages_of_a_write_beside_a_scan_are_returned() {
         let written = WrittenPages::new(NonZeroUsize::new(200).unwrap(), changes()).unwrap();
-        let returned = || mem::take(&mut written.returned(RecordFor::Changes).lock().spans);
+        let returned = || written.returned(RecordFor::Changes).lock().take(span(0, 200));
         written.beside_scans(span(1, 2), || ());
         assert_eq!(returned(), [], "no scan goes on");
         written.beside_scans(span(1, 2), || drop(written.scans.begin()));
