@@ -1,8 +1,8 @@
 //! Swap: which pages of this process are swapped out, and whether this kernel can move such pages.
 
 use crate::page::{AddressRange, PageSize};
-use crate::uffd::moved::There;
 use nix::fcntl::{OFlag, open};
+use nix::libc::{self, c_void};
 use nix::sys::stat::Mode;
 use nix::sys::sysinfo::sysinfo;
 use nix::sys::uio::pread;
@@ -31,9 +31,35 @@ pub(crate) fn find(range: AddressRange, there: &mut [u8]) {
     }
 }
 
+/// The place of a page, as far as the kernel tells: `/proc/self/pagemap` cannot be opened by a process without
+/// descriptors, for example.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum There {
+    /// In memory.
+    Present,
+    /// Swapped out, or only marked as poisoned.
+    Swapped,
+    Missing,
+    /// Swapped out or missing.
+    Unknown,
+}
+
+impl There {
+    /// Looks at the page at an address. A signal handler may do so.
+    #[inline(never)] // a signal handler has a small stack
+    pub(crate) fn of(address: usize) -> Self {
+        let mut here = 0_u8;
+        // SAFETY: the kernel writes one byte for the one page to `here`, and no byte of the page.
+        #[expect(unsafe_code, reason = "mincore")]
+        let asked =
+            unsafe { libc::mincore(address as *mut c_void, PageSize::system().bytes(), &raw mut here) };
+        if asked == 0 && here & 1 == 1 { Self::Present } else { entry(address) }
+    }
+}
+
 /// The place of the page at an address, according to `/proc/self/pagemap`. Takes little stack, for signal handlers.
 #[inline(never)]
-pub(crate) fn entry(address: usize) -> There {
+fn entry(address: usize) -> There {
     let Ok(pagemap) = open(c"/proc/self/pagemap", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else {
         return There::Unknown;
     };

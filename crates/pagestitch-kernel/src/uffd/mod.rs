@@ -17,7 +17,7 @@ mod adopt;
 pub mod inject;
 mod kept_fd;
 pub(crate) mod message;
-pub(crate) mod moved;
+mod moved;
 mod open;
 mod opened;
 mod outcome;

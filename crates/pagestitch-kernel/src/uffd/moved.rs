@@ -6,34 +6,7 @@
 //! `EEXIST`, or the progress before this page. A caller that believed this would lose the page.
 
 use crate::page::{AddressRange, PageSize};
-use crate::swap;
-use nix::libc::{self, c_void};
-
-/// The place of a page, as far as the kernel tells: `/proc/self/pagemap` cannot be opened by a process without
-/// descriptors, for example.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum There {
-    /// In memory.
-    Present,
-    /// Swapped out, or only marked as poisoned.
-    Swapped,
-    Missing,
-    /// Swapped out or missing.
-    Unknown,
-}
-
-impl There {
-    /// Looks at the page at an address. A signal handler may do so.
-    #[inline(never)] // a signal handler has a small stack
-    pub(crate) fn of(address: usize) -> Self {
-        let mut here = 0_u8;
-        // SAFETY: the kernel writes one byte for the one page to `here`, and no byte of the page.
-        #[expect(unsafe_code, reason = "mincore")]
-        let asked =
-            unsafe { libc::mincore(address as *mut c_void, PageSize::system().bytes(), &raw mut here) };
-        if asked == 0 && here & 1 == 1 { Self::Present } else { swap::entry(address) }
-    }
-}
+use crate::swap::There;
 
 /// The number of leading bytes that have moved from `source` to `range`, of which the kernel tells of `told`.
 #[cold]
