@@ -142,6 +142,7 @@ fn a_copy_that_follows_the_changes_has_every_write(budget: Option<&Budget>, serv
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "copies of all pages, again and again, take minutes")]
 fn a_copy_that_follows_the_changes_of_a_pool_has_every_write() {
     if records_no_writes(this_test!()) {
         return;
@@ -150,6 +151,7 @@ fn a_copy_that_follows_the_changes_of_a_pool_has_every_write() {
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "copies of all pages, again and again, take minutes")]
 fn a_copy_that_follows_the_changes_has_every_write_with_a_budget() {
     if moves_no_pages() {
         return println!("SKIPPED {}: no written page leaves", this_test!());
