@@ -110,7 +110,7 @@ impl Arena {
         if !uffd.features().contains(wanted) {
             return Err(ArenaError::NoMoves("this kernel cannot move pages: use Linux 6.8 or newer"));
         }
-        swap::moves_safely().and_then(|()| swap::tells()).map_err(ArenaError::NoMoves)?;
+        swap::moves_safely().and_then(|()| swap::tells_swapped_pages()).map_err(ArenaError::NoMoves)?;
         let reservation = Reservation::new(slots, PageSize::system(), Access::LogicallyReadOnly, false)
             .map_err(|error| ArenaError::Refused(error.errno))?;
         reservation.set_name("standby");
@@ -158,7 +158,7 @@ impl Arena {
         let is_there = |address| matches!(There::of(address), There::Present | There::Swapped);
         let left = |pages: usize| from.0.addresses(span.without_prefix(pages)).start();
         let into = |pages: usize| self.slots_at(slot + pages..slot + pages + 1).start();
-        // The kernel tells itself that the first slot has a page.
+        // The kernel has told of a page in the first slot.
         let is_told = |pages| pages == 0 && told == Outcome::AlreadyThere;
         let mut pages = before;
         while pages < span.pages && !is_there(left(pages)) && (is_told(pages) || is_there(into(pages))) {

@@ -80,7 +80,7 @@ fn entry(address: usize) -> There {
 /// # Errors
 ///
 /// The reason and the remedy, for a person.
-pub(crate) fn tells() -> Result<(), &'static str> {
+pub(crate) fn tells_swapped_pages() -> Result<(), &'static str> {
     let here = 0_u8;
     if is_on() && entry((&raw const here).addr()) == There::Unknown {
         return Err(

@@ -12,9 +12,9 @@ impl AnyRegion {
     ///
     /// Pages that only reach into the range leave, too. Their memory is free at once, except for those that have left
     /// before and are in standby still. In a region that is built [`write_back`](crate::Builder::write_back), all
-    /// wait for a while, and a touch soon after needs no read. Pages that are [pinned](Self::pin), locked (`mlock(2)`), or being filled
-    /// stay. Pages of a file or memfd that are shown in place take no memory of the region, and none of them
-    /// leaves.
+    /// wait for a while, and a touch soon after needs no read. Pages that are [pinned](Self::pin), locked
+    /// (`mlock(2)`), or being filled stay. Pages of a file or memfd that are shown in place take no memory of the
+    /// region, and none of them leaves.
     ///
     /// # Errors
     ///

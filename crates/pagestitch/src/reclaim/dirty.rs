@@ -140,9 +140,7 @@ impl DirtyPages {
         let found = marks.map(|mark| mark.first_in(first, end));
         found.into_iter().flatten().min().map(Page)
     }
-}
 
-impl DirtyPages {
     /// The record of changes, if the region keeps one.
     pub(super) fn changed_pages(&self) -> Option<&dyn ChangedPages> {
         self.cleaned.as_ref().map(|_| self as &dyn ChangedPages)
