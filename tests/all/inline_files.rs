@@ -116,7 +116,10 @@ extern "C" fn make_readable(_signal: i32) {
 /// The read of a file fails until the application's handler of the signal has changed the file. Neither this handler
 /// nor the thread meets the errno of the failed read.
 #[test]
-#[cfg_attr(sanitized = "thread", ignore = "the sanitizer sets errno before a handler of the application runs")]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "the sanitizer sets errno before a handler of the application runs"
+)]
 fn a_read_of_a_file_keeps_errno() {
     let test = this_test!();
     let end = child::run(test, || {

@@ -78,6 +78,7 @@ mod spare_uffds;
 mod splits;
 mod swap;
 mod teardown;
+mod throttle;
 mod transient;
 mod units;
 mod userfaultfd_crate;

@@ -578,6 +578,7 @@ impl AnyRegion {
     pub(super) fn let_write(&self, range: &Range<u64>) {
         let mut rest = self.served.page_size().covering(range);
         while self.served.written_back().is_some() && !rest.is_empty() {
+            self.served.residence.iter().for_each(|residence| residence.throttle());
             // A page that has left is let be written by its fault.
             let pages = let_write(&self.served, rest).unwrap_or(1);
             rest = rest.without_prefix(pages);

@@ -44,8 +44,11 @@ pub(crate) fn serve<H: Host>(
     let mut fault = Fault::take_up(region, asked, permit, (buffers, reads));
     let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = asked.page.0));
     // The page has left meanwhile otherwise, or is leaving.
-    if asked.touch == Touch::Denied && let_write(region, asked.page.span()).is_ok() {
-        return AfterFault::default();
+    if asked.touch == Touch::Denied {
+        region.residence.iter().for_each(|residence| residence.throttle());
+        if let_write(region, asked.page.span()).is_ok() {
+            return AfterFault::default();
+        }
     }
     let started = Instant::now();
     match journey(region, Wanted::Touched(asked.page, fault.unit), &mut fault) {

@@ -34,6 +34,7 @@ use pagestitch_kernel::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Orderi
 use pagestitch_kernel::sync::{EventCount, Mutex};
 use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The written pages of a region.
@@ -45,7 +46,7 @@ pub(super) struct DirtyPages {
     /// be written.
     dirty: Bits,
     /// The number of set bits in `dirty`.
-    count: AtomicUsize,
+    count: DirtyCount,
     /// Pages whose bytes a thread is writing to their sources.
     ///
     /// Invariant: set with the claim of the page, by the thread that clears it.
@@ -69,12 +70,13 @@ impl DirtyPages {
         chunks: usize,
         at_once: usize,
         tracks_changes: bool,
+        count: DirtyCount,
     ) -> Result<Self, ArenaError> {
         let bits = |len| Bits::new(len).map_err(ArenaError::Refused);
         let at_once = NonZeroUsize::new(at_once).expect("a flush copies pages");
         Ok(Self {
             dirty: bits(pages)?,
-            count: AtomicUsize::new(0),
+            count,
             writing: bits(pages)?,
             cleaned: tracks_changes.then(|| bits(pages)).transpose()?,
             unsynced: bits(chunks)?,
@@ -88,15 +90,10 @@ impl DirtyPages {
         self.dirty.get(page.0)
     }
 
-    /// The number of dirty pages that are in the region.
-    pub(super) fn count(&self) -> usize {
-        self.count.load(Ordering::Relaxed)
-    }
-
     /// A page may be written from now on, or could not be written back.
     pub(super) fn mark(&self, page: Page) {
         if !self.dirty.set(page.0) {
-            self.count.fetch_add(1, Ordering::Relaxed);
+            self.count.add();
         }
     }
 
@@ -107,7 +104,9 @@ impl DirtyPages {
             cleaned.set(page.0);
         }
         let was_dirty = self.dirty.clear(page.0);
-        self.count.fetch_sub(usize::from(was_dirty), Ordering::Relaxed);
+        if was_dirty {
+            self.count.sub();
+        }
         was_dirty
     }
 
@@ -169,6 +168,31 @@ impl ChangedPages for DirtyPages {
         for page in spans.iter().flat_map(|span| span.iter()) {
             cleaned.set(page.0);
         }
+    }
+}
+
+/// The number of dirty pages of a region, which is a part of the number of its budget.
+#[derive(Debug)]
+pub(super) struct DirtyCount {
+    own: AtomicUsize,
+    all: Arc<AtomicUsize>,
+}
+
+impl DirtyCount {
+    fn add(&self) {
+        self.own.fetch_add(1, Ordering::Relaxed);
+        self.all.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn sub(&self) {
+        self.own.fetch_sub(1, Ordering::Relaxed);
+        self.all.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Drop for DirtyCount {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.own.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
@@ -300,9 +324,21 @@ pub(super) struct Writes {
     failing: AtomicUsize,
     /// The number of regions whose pages are written back.
     pub(super) regions: AtomicUsize,
+    /// The number of dirty pages in regions.
+    dirty: Arc<AtomicUsize>,
 }
 
 impl Writes {
+    /// The dirty pages of a further region, none yet.
+    pub(super) fn count(&self) -> DirtyCount {
+        DirtyCount { own: AtomicUsize::new(0), all: Arc::clone(&self.dirty) }
+    }
+
+    /// The number of dirty pages in regions.
+    pub(super) fn dirty_pages(&self) -> usize {
+        self.dirty.load(Ordering::Relaxed)
+    }
+
     pub(super) fn begin(&self) {
         self.running.fetch_add(1, Ordering::SeqCst);
     }

@@ -15,16 +15,21 @@ impl State {
         loop {
             let has_evicted = self.try_to_evict();
             requests.tried(has_evicted);
-            if !has_evicted || !self.is_due() && !self.is_full() {
+            if !has_evicted || !self.should_evict() && !self.is_full() {
                 return;
             }
         }
     }
 
+    /// True if pages should leave before the budget is used up.
+    fn should_evict(&self) -> bool {
+        self.is_due() || self.has_too_many_dirty()
+    }
+
     /// False if no page leaves.
     fn try_to_evict(&self) -> bool {
         if !self.is_full() {
-            return self.is_due() && self.evict();
+            return self.should_evict() && self.evict();
         }
         let steps = self.writes.steps();
         let has_freed = self.free_some(self.choose());

@@ -16,6 +16,7 @@
 //! | `sampling` | the share of the pages that pass through the standby list, and its length |
 //! | `soft_fault` | brings a page back from the standby list or the modified list |
 //! | `dirty` | the written pages of a region, and the states of a page |
+//! | `throttle` | writers wait where nearly all pages are dirty |
 //! | `write_back` | dirty pages that have left go to their sources |
 //! | `write_in_handler` | dirty pages go to their files in a signal handler |
 //! | `flush` | dirty pages go to their sources, and stay |
@@ -75,6 +76,7 @@ mod share;
 mod slots;
 mod soft_fault;
 mod state;
+mod throttle;
 mod write_back;
 mod write_in_handler;
 

@@ -83,10 +83,7 @@ pub(crate) enum JoinError {
 impl State {
     /// The pages that were written and are not in their sources yet.
     pub(super) fn dirty_pages(&self) -> usize {
-        let members = self.members.read();
-        let dirty = |share: &Arc<Share>| share.dirty.as_ref().map_or(0, DirtyPages::count);
-        let resident: usize = members.value().into_iter().flatten().flatten().map(dirty).sum();
-        resident + self.modified_pages()
+        self.writes.dirty_pages() + self.modified_pages()
     }
 }
 
@@ -101,8 +98,10 @@ impl Share {
         let (page, pages) = (evictable.reservation().page_size(), evictable.reservation().pages());
         let places = Places::new(pages).map(Arc::new).map_err(JoinError::NoTable)?;
         let pins = Pins::new(pages).map_err(JoinError::NoTable)?;
-        let dirty =
-            evicted.written_back.then(|| DirtyPages::new(pages, chunks, BATCH, evicted.tracks_changes));
+        let count = || state.writes.count();
+        let dirty = evicted
+            .written_back
+            .then(|| DirtyPages::new(pages, chunks, BATCH, evicted.tracks_changes, count()));
         let dirty = dirty.transpose().map_err(JoinError::NoMoves)?;
         let table_pages = table_pages(&hashed, page);
         let fingerprints = (!hashed.is_empty()).then(|| Fingerprints::new(hashed, page));
@@ -276,6 +275,14 @@ impl Residence for Membership {
 
     fn tidy_in_handler(&self) {
         self.0.state.tidy_in_handler();
+    }
+
+    fn throttle(&self) {
+        self.0.state.throttle();
+    }
+
+    fn throttle_in_handler(&self) {
+        self.0.state.throttle_in_handler();
     }
 
     fn hashes(&self, page: Page) -> bool {

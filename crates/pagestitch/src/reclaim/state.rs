@@ -212,9 +212,17 @@ impl<S: Send + Sync> State<S> {
 
     /// True if pages should leave: some memory is free at rest, so that a fault seldom has to wait for it.
     pub(super) fn is_due(&self) -> bool {
-        let room = self.standby.as_ref().map_or(0, Standby::room);
-        let resident = self.frames().saturating_sub(self.standby_pages().min(room));
-        resident > self.limit - room - free_at_rest(self.limit) - self.lowered()
+        let resident = self.frames().saturating_sub(self.standby_pages().min(self.standby_room()));
+        resident > self.resident_at_rest()
+    }
+
+    /// The most pages in regions at rest.
+    pub(super) fn resident_at_rest(&self) -> usize {
+        self.limit - self.standby_room() - free_at_rest(self.limit) - self.lowered()
+    }
+
+    fn standby_room(&self) -> usize {
+        self.standby.as_ref().map_or(0, Standby::room)
     }
 
     /// The right to choose; `None` if a thread has it, and the caller cannot wait for that thread.

@@ -52,6 +52,13 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
     /// As [`tidy`](Self::tidy), after the journey of a signal handler.
     fn tidy_in_handler(&self);
 
+    /// Before a write to a present page: has pages go back to their sources, if nearly all pages of the budget are
+    /// dirty. Else each page that comes would wait for the write of another one. The caller has no claim.
+    fn throttle(&self);
+
+    /// As [`throttle`](Self::throttle), in a signal handler.
+    fn throttle_in_handler(&self);
+
     /// True if the source of a page may change, and a hash tells that the page has the bytes of its first
     /// reading.
     fn hashes(&self, page: Page) -> bool;

@@ -1,0 +1,86 @@
+//! A write to a page in memory waits where nearly all pages of the budget are dirty: some go back to their sources.
+
+use crate::PAGE;
+use crate::bounded_writes::{BUDGET, Disk, builder, moves_no_pages, pool, word};
+use crate::inline_writes::file;
+use pagestitch::{Budget, Chunk, Inline, SharedRegion};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Not so many that pages leave for the room of others.
+const FEW: usize = BUDGET as usize / PAGE * 25 / 32;
+/// More than may be dirty, and less than [`FEW`].
+const DIRTY_MAX: u64 = BUDGET / 4 * 3;
+
+/// Reads all pages, and then writes to them one by one.
+fn all_pages_cannot_be_dirty(budget: &Budget, region: &SharedRegion) {
+    assert!((0..FEW).all(|page| word(region, page).load(Ordering::Relaxed) == 0));
+    assert_eq!(budget.evictions(), 0);
+    for page in 0..FEW {
+        word(region, page).store(page as u64 + 1, Ordering::Relaxed);
+        assert!(budget.metrics().dirty_bytes <= DIRTY_MAX, "{:?}", budget.metrics());
+    }
+    let seen = budget.metrics();
+    assert!(seen.write_backs > 0 && !seen.stalled.is_zero(), "{seen:?}");
+    assert!((0..FEW).all(|page| word(region, page).load(Ordering::Relaxed) == page as u64 + 1));
+}
+
+#[test]
+fn a_writer_waits_for_the_worker_that_writes_pages_back() {
+    if moves_no_pages() {
+        return;
+    }
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let region =
+        builder(&budget, Chunk::writable(Disk::of(vec![0; FEW * PAGE]))).build_shared(&pool(1)).unwrap();
+    all_pages_cannot_be_dirty(&budget, &region);
+}
+
+#[test]
+fn a_writer_writes_pages_back_in_its_signal_handler() {
+    if moves_no_pages() {
+        return;
+    }
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let region = builder(&budget, file(&vec![0; FEW * PAGE]).1).build_shared(Inline).unwrap();
+    all_pages_cannot_be_dirty(&budget, &region);
+}
+
+/// The pages that should leave first are those of a source that a handler must not call.
+#[test]
+fn a_signal_handler_waits_for_the_thread_that_calls_a_source() {
+    if moves_no_pages() {
+        return;
+    }
+    const HALF: usize = FEW / 2;
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let disk = Disk::of(vec![0; HALF * PAGE]);
+    let served = builder(&budget, Chunk::writable(Arc::clone(&disk) as _)).build_shared(&pool(1)).unwrap();
+    (0..HALF).for_each(|page| word(&served, page).store(page as u64 + 1, Ordering::Relaxed));
+    let region = builder(&budget, file(&vec![0; HALF * PAGE]).1).build_shared(Inline).unwrap();
+    assert!((0..HALF).all(|page| word(&region, page).load(Ordering::Relaxed) == 0));
+    assert_eq!(budget.metrics().write_backs, 0);
+    for page in 0..HALF {
+        word(&region, page).store(page as u64 + 1, Ordering::Relaxed);
+        assert!(budget.metrics().dirty_bytes <= DIRTY_MAX, "{:?}", budget.metrics());
+    }
+    assert!((0..HALF).any(|page| disk.word(page) == page as u64 + 1));
+    let values =
+        (0..HALF).map(|page| [&served, &region].map(|region| word(region, page).load(Ordering::Relaxed)));
+    assert!(values.enumerate().all(|(page, values)| values == [page as u64 + 1; 2]));
+}
+
+#[test]
+fn a_source_that_takes_no_bytes_holds_up_no_writer() {
+    if moves_no_pages() {
+        return;
+    }
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let disk = Disk::of(vec![0; FEW * PAGE]);
+    disk.fail_from(0, nix::libc::EIO);
+    let region = builder(&budget, Chunk::writable(disk)).build_shared(&pool(1)).unwrap();
+    assert!((0..FEW).all(|page| word(&region, page).load(Ordering::Relaxed) == 0));
+    (0..FEW).for_each(|page| word(&region, page).store(page as u64 + 1, Ordering::Relaxed));
+    assert_eq!((budget.metrics().dirty_bytes, budget.metrics().write_backs), ((FEW * PAGE) as u64, 0));
+    assert!((0..FEW).all(|page| word(&region, page).load(Ordering::Relaxed) == page as u64 + 1));
+}
