@@ -114,6 +114,35 @@ fn the_errors_of_growth_name_the_numbers_and_the_remedy() {
 }
 
 #[test]
+fn the_errors_of_growth_in_a_budget_name_the_chunk_and_the_remedy() {
+    let (pool, budget) = (Pool::new().unwrap(), Budget::bytes(8 << 20).unwrap());
+    let file = crate::inline_files::file_of(&pattern(2, 100));
+    let (file, name) = (|| Arc::clone(&file), file.name());
+    let log = named().budget(&budget).capacity(1 << 20).build(&pool).unwrap();
+    let after_file = named().chunk(file()).budget(&budget).capacity(1 << 20);
+    check([
+        (
+            log.append(file()).unwrap_err(),
+            format!(
+                "region r: the appended chunk ({name}) may have other bytes after its page has left, because hashes are kept for the chunks of the build alone: use build_shared(), or bytes that cannot change"
+            ),
+        ),
+        (
+            log.append(Chunk::from("1").on_failure(OnFailure::Zeros)).unwrap_err(),
+            String::from(
+                "region r: a page of the appended chunk (memory) may come back as zeros (OnFailure::Zeros): use build_shared(), or another on_failure(), or leave out budget()",
+            ),
+        ),
+        (
+            after_file.build(&pool).unwrap().append("1").unwrap_err(),
+            String::from(
+                "region r: chunk 1 (memory) begins in a page of a source that may change, of which a hash is kept: give it align(4096), or use build_shared()",
+            ),
+        ),
+    ]);
+}
+
+#[test]
 fn the_errors_of_chunks_name_the_chunk_and_the_remedy() {
     let pool = Pool::new().unwrap();
     let memory = || Chunk::from(vec![0u8; 10]);

@@ -32,6 +32,7 @@ mod fetches;
 mod firecracker;
 mod fixed_buffers;
 mod growth;
+mod growth_in_budget;
 mod hand_over;
 mod homes;
 mod hostile_memory;

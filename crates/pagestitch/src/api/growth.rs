@@ -22,6 +22,9 @@ impl Region {
     /// * **Copies.** Nothing is mapped in place while threads read, so a memfd or a file is copied.
     /// * **Threads.** Several threads can append: one waits for the other. A source must not append to a
     ///   region that reads it.
+    /// * **In a [budget](crate::Builder::budget)** appended pages leave and come back as others. Their bytes must not
+    ///   change: memory, sealed memfds, immutable files, stable sources and holes. After a
+    ///   chunk whose bytes may change, the next one begins at a page ([`Chunk::align`]).
     /// * **Borrowed memory** cannot be appended, also inside a [`scope`](crate::scope()): copy it.
     ///
     /// # Errors
@@ -62,6 +65,7 @@ impl Region {
     /// ```
     pub fn append(&self, chunk: impl IntoChunk) -> Result<Range<usize>, Error> {
         let chunk = self.to_append_unshared(chunk, "appended chunk")?;
+        self.check_same_bytes(&chunk)?;
         self.append_chunk(&chunk, &|first, len| self.stable_view().reveal(first, len))
     }
 }
@@ -131,6 +135,29 @@ impl AnyRegion {
             chunk.backing().source().name()
         );
         Err(Error::new(ErrorKind::SharedSource, what))
+    }
+
+    /// Refuses a chunk whose pages may come back with other bytes after they have left.
+    fn check_same_bytes(&self, chunk: &Chunk) -> Result<(), Error> {
+        if self.served.residence.is_none() {
+            return Ok(());
+        }
+        let (name, source) = (self.name(), chunk.backing().source().name());
+        if chunk.may_be_zeros() {
+            let what = format!(
+                "region {name}: a page of the appended chunk ({source}) may come back as zeros (OnFailure::Zeros): use \
+                 build_shared(), or another on_failure(), or leave out budget()"
+            );
+            return Err(Error::new(ErrorKind::OptionConflict, what).of_option(BuildOption::Budget));
+        }
+        if !chunk.backing().is_stable() {
+            let what = format!(
+                "region {name}: the appended chunk ({source}) may have other bytes after its page has left, because hashes \
+                 are kept for the chunks of the build alone: use build_shared(), or bytes that cannot change"
+            );
+            return Err(Error::new(ErrorKind::InvalidChunk, what));
+        }
+        Ok(())
     }
 
     fn append_chunk(&self, chunk: &Chunk, reveal: Reveal<'_>) -> Result<Range<usize>, Error> {

@@ -124,7 +124,7 @@ impl Options {
     }
 
     /// The options that a region that grows cannot have.
-    fn refused_growth(&self, adopted: bool) -> [(bool, BuildOption, &'static str); 8] {
+    fn refused_growth(&self, adopted: bool) -> [(bool, BuildOption, &'static str); 7] {
         let grows = self.capacity.is_some();
         let ServeOptions { record, replay, record_of_writes, .. } = &self.serve_options;
         [
@@ -162,11 +162,6 @@ impl Options {
                 grows && record_of_writes.any(),
                 BuildOption::TrackChanges,
                 "the record of written pages is of one length: leave out track_changes(), write_back() or capacity()",
-            ),
-            (
-                grows && self.budget.is_some(),
-                BuildOption::Budget,
-                "appended pages do not leave: leave out budget() or capacity()",
             ),
         ]
     }

@@ -4,7 +4,7 @@
 //! meanwhile, in whatever state it is:
 //!
 //! ```text
-//!   absent    the next touch gathers it from the longer layout
+//!   absent    the next touch gathers it from the longer layout; not from standby, where it is outdated
 //!   present   the first bytes of the new chunk are written in place, behind the old length
 //!   poisoned  it stays poisoned, because it cannot be read without its failed chunk
 //! ```
@@ -39,6 +39,11 @@ pub(crate) fn append(
         show(region, reveal, &first, place.end);
         return Ok(place);
     };
+    // Otherwise padding ends the page, which keeps its bytes.
+    let joins = place.start < bytes.end;
+    if joins {
+        check_hash(region, page, chunk)?;
+    }
     let bytes = bytes.start..bytes.end.min(place.end);
     let filling = FillingCaller::new(region, page.span());
     let (mut claim, state) = loop {
@@ -52,6 +57,9 @@ pub(crate) fn append(
     };
     let laid = region.lay(chunk, &place);
     if laid.is_ok() {
+        if joins && state == PageState::Absent {
+            region.residence.iter().for_each(|residence| residence.discarded(page.span()));
+        }
         let first = if state == PageState::Present { &first[..] } else { &[] };
         show(region, reveal, first, place.end);
     }
@@ -67,6 +75,21 @@ fn shared_page(region: &Mapping, end: u64) -> Option<(Page, Range<u64>)> {
     let page = size.page_at(end);
     let offsets = size.offsets(page.span());
     (offsets.start < end).then_some((page, end..offsets.end))
+}
+
+/// Refuses a chunk that would change a page of whose bytes a hash is kept.
+fn check_hash(region: &Mapping, page: Page, chunk: &Chunk) -> Result<(), Error> {
+    if !region.residence.as_ref().is_some_and(|residence| residence.hashes(page)) {
+        return Ok(());
+    }
+    let (number, name) = (region.layout.next_number(), chunk.backing().source().name());
+    let what = format!(
+        "region {}: chunk {number} ({name}) begins in a page of a source that may change, of which a hash is kept: give it \
+         align({}), or use build_shared()",
+        region.name,
+        region.page_size().bytes()
+    );
+    Err(Error::new(ErrorKind::InvalidChunk, what).of_chunk(number))
 }
 
 /// Makes the bytes before `end` visible, the `first` ones of the chunk in place.

@@ -301,6 +301,11 @@ impl Chunk {
         self.on_failure.is_some()
     }
 
+    /// True if pages that cannot be read become zeros.
+    pub(crate) const fn may_be_zeros(&self) -> bool {
+        matches!(self.on_failure, Some(OnFailure::Zeros))
+    }
+
     pub(super) fn has_huge_pages(&self) -> bool {
         let len = self.range.end.saturating_sub(self.range.start);
         self.backing.is_in_page_cache() && len >= HUGE as u64

@@ -1,0 +1,140 @@
+//! Regions that grow and have a budget: appended pages leave and come back, and a page that has left has the bytes
+//! that are appended to it meanwhile.
+
+use crate::bounded_writes::{BUDGET, PAGES, pool};
+use crate::inline_files::file_of;
+use crate::{PAGE, pattern};
+use pagestitch::source::ImmutableFile;
+use pagestitch::{Budget, BuildOption, Chunk, ErrorKind, Inline, OnFailure, Region, Server, SharedRegion};
+use pagestitch_testkit::scope::scope;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const CAPACITY: u64 = 1 << 36;
+
+fn servers() -> [Server; 2] {
+    [(&pool(2)).into(), Inline.into()]
+}
+
+fn log(budget: &Budget, server: &Server) -> Region {
+    Region::builder().name("log").budget(budget).capacity(CAPACITY).build(server.clone()).unwrap()
+}
+
+#[test]
+fn readers_of_a_log_longer_than_its_budget_see_each_byte_right() {
+    let bytes = pattern(1, PAGES * PAGE);
+    for server in servers() {
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let (log, done) = (log(&budget, &server), AtomicBool::new(false));
+        scope(|scope| {
+            for reader in 0..3 {
+                let (bytes, log, done) = (&bytes, &log, &done);
+                scope.spawn(move || {
+                    while !done.load(Ordering::Relaxed) {
+                        let seen = log.as_slice();
+                        // One reads all, one the last bytes, one the second half.
+                        let start = [0, seen.len().saturating_sub(100), seen.len() / 2][reader];
+                        assert!(seen[start..] == bytes[start..seen.len()], "from {start} of {}", seen.len());
+                    }
+                });
+            }
+            let (mut at, mut part) = (0, 1);
+            while at < bytes.len() {
+                part = (part * 7 % (50 * PAGE + 7)).max(1);
+                let end = (at + part).min(bytes.len());
+                assert_eq!(log.append(bytes[at..end].to_vec()).unwrap(), at..end);
+                at = end;
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        assert!(log.as_slice() == bytes);
+        assert!(budget.evictions() > 1_000 && budget.resident_bytes() <= BUDGET, "{:?}", budget.metrics());
+    }
+}
+
+/// The last page is in memory, on the standby list, or gone, by the number of other pages that have come since.
+#[test]
+fn the_last_page_has_appended_bytes_wherever_it_is() {
+    for server in servers() {
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let log = log(&budget, &server);
+        log.append(vec![1; PAGES * PAGE]).unwrap();
+        let mut next = 0;
+        for others in (0..2_000).step_by(50) {
+            let tail = log.append(vec![2; 30]).unwrap().start / PAGE * PAGE;
+            assert!(log.as_slice()[tail.max(PAGES * PAGE)..].iter().all(|&byte| byte == 2));
+            for _ in 0..others {
+                assert_eq!(log.as_slice()[next % PAGES * PAGE], 1);
+                next += 1;
+            }
+            log.append(vec![2; 30]).unwrap();
+            let last = &log.as_slice()[tail.max(PAGES * PAGE)..];
+            assert!(last.iter().all(|&byte| byte == 2), "after {others} pages: {last:?}");
+        }
+        assert!(budget.evictions() > 1_000, "{:?}", budget.metrics());
+    }
+}
+
+#[test]
+fn appended_bytes_that_may_change_are_for_a_region_without_slices() {
+    let (budget, pool) = (Budget::bytes(BUDGET).unwrap(), pool(1));
+    let bytes = pattern(3, 2 * PAGE + 10);
+    let log = log(&budget, &(&pool).into());
+    let refused = log.append(file_of(&bytes)).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::InvalidChunk);
+    let refused = log.append(Chunk::from("a").on_failure(OnFailure::Zeros)).unwrap_err();
+    assert_eq!((refused.kind(), refused.option()), (ErrorKind::OptionConflict, Some(BuildOption::Budget)));
+    assert!(log.is_empty());
+
+    let builder = SharedRegion::builder().budget(&budget).capacity(CAPACITY);
+    let shared = builder.build_shared(&pool).unwrap();
+    shared.append(file_of(&bytes)).unwrap();
+    shared.append(Chunk::from(file_of(&bytes)).on_failure(OnFailure::Zeros)).unwrap();
+    let mut seen = vec![0; 2 * bytes.len()];
+    for _ in 0..2 {
+        shared.read_at(0, &mut seen).unwrap();
+        assert!(seen == [&bytes[..], &bytes[..]].concat());
+        assert!(shared.evict(..).unwrap() > 0);
+    }
+}
+
+/// A hash is kept of the page in which the file ends.
+#[test]
+fn a_page_whose_source_may_change_takes_no_further_bytes() {
+    let (budget, bytes) = (Budget::bytes(BUDGET).unwrap(), pattern(4, 2 * PAGE + 10));
+    let builder = Region::builder().chunk(file_of(&bytes)).budget(&budget).capacity(CAPACITY);
+    let log = builder.build(&pool(1)).unwrap();
+    for _ in 0..2 {
+        assert!(log.as_slice() == bytes);
+        let refused = log.append("behind it").unwrap_err();
+        assert_eq!((refused.kind(), refused.chunk()), (ErrorKind::InvalidChunk, Some(1)));
+        log.evict(..).unwrap();
+    }
+    let place = log.append(Chunk::from(vec![5; PAGE]).align(PAGE as u64)).unwrap();
+    assert_eq!(place, 3 * PAGE..4 * PAGE);
+    for _ in 0..2 {
+        assert!(log.as_slice() == [&bytes[..], &[0; PAGE - 10][..], &[5; PAGE]].concat());
+        log.evict(..).unwrap();
+    }
+}
+
+#[test]
+fn a_page_of_an_immutable_file_takes_further_bytes() {
+    let (budget, bytes) = (Budget::bytes(BUDGET).unwrap(), pattern(5, 2 * PAGE + 10));
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut file, &bytes).unwrap();
+    let immutable: Arc<ImmutableFile> = Arc::new(crate::immutable::open(file.path()).unwrap());
+    for server in servers() {
+        let log = log(&budget, &server);
+        let chunk = Chunk::from((*immutable).clone());
+        log.append(chunk).unwrap();
+        let mut expected = bytes.clone();
+        for round in 0..4 {
+            assert!(log.as_slice() == expected, "round {round}");
+            log.evict(..).unwrap();
+            log.append(vec![round; 20]).unwrap();
+            expected.extend([round; 20]);
+        }
+        assert!(log.as_slice() == expected);
+    }
+}
