@@ -2,12 +2,13 @@
 //! returned, and their bytes.
 
 use super::context::{Failure, Run, join_all};
+use super::limit;
 use super::model::{PAGE, random_bytes};
 use super::server::RunningServer;
 use super::tally::Tally;
 use fastrand::Rng;
 use pagestitch::source::{FileSource, Memfd, UnsealedMemfd};
-use pagestitch::{Chunk, ErrorKind, Region};
+use pagestitch::{Budget, Chunk, ErrorKind, Region};
 use pagestitch_testkit::memory::discard;
 use parking_lot::Mutex;
 use std::error::Error;
@@ -24,15 +25,22 @@ type Placed = Arc<(Range<usize>, Vec<u8>)>;
 struct Grown<'a> {
     region: Region,
     run: Run<'a>,
+    budget: Option<&'a Budget>,
     align: usize,
     chunks: Mutex<Vec<Placed>>,
     inline: bool,
 }
 
-pub(super) fn run(rng: &mut Rng, run: Run<'_>, server: &RunningServer) -> Result<(), Box<dyn Error>> {
+pub(super) fn run(
+    rng: &mut Rng,
+    run: Run<'_>,
+    budget: Option<&Budget>,
+    server: &RunningServer,
+) -> Result<(), Box<dyn Error>> {
     let capacity = rng.usize(1..12 << 20);
     let align = [1, 1, 8, PAGE][rng.usize(..4)];
-    let mut builder = Region::builder().name("grown").capacity(capacity as u64).align(align as u64);
+    let builder = Region::builder().name("grown").capacity(capacity as u64).align(align as u64);
+    let mut builder = budget.iter().fold(builder, |builder, budget| builder.budget(budget));
     let mut chunks = Vec::new();
     if rng.bool() {
         let len = rng.usize(1..=capacity.min(100_000));
@@ -41,7 +49,7 @@ pub(super) fn run(rng: &mut Rng, run: Run<'_>, server: &RunningServer) -> Result
         chunks.push(Arc::new((0..bytes.len(), bytes)));
     }
     let region = builder.build(server.server())?;
-    let grown = Grown { region, run, align, chunks: Mutex::new(chunks), inline: server.is_inline() };
+    let grown = Grown { region, run, budget, align, chunks: Mutex::new(chunks), inline: server.is_inline() };
     let threads = rng.usize(1..6);
     thread::scope(|scope| {
         let start = |_| {
@@ -74,10 +82,19 @@ impl Grown<'_> {
                 3 if !self.region.is_empty() => {
                     let range = range(rng, self.region.len());
                     let populated = self.region.populate(range.start as u64..range.end as u64);
-                    populated.map_err(|error| format!("populate fails: {error}"))?;
+                    match populated {
+                        // The range is longer than the budget.
+                        Err(error) if self.budget.is_some() && limit::is_full(&error) => {}
+                        populated => populated.map_err(|error| format!("populate fails: {error}"))?,
+                    }
+                }
+                4 if self.budget.is_some() => {
+                    let evicted = self.region.evict(..);
+                    evicted.map_err(|error| format!("evict fails: {error}"))?;
                 }
                 _ => self.read(rng)?,
             }
+            self.budget.map_or(Ok(()), limit::check)?;
         }
         Ok(())
     }
@@ -119,7 +136,8 @@ impl Grown<'_> {
                 memfd.file().write_all_at(&bytes, 0)?;
                 Chunk::from(Memfd::from(memfd.seal()?))
             }
-            2 if !self.inline => {
+            // A budget takes bytes that cannot change.
+            2 if !self.inline && self.budget.is_none() => {
                 let memfd = UnsealedMemfd::create("file", len as u64)?;
                 memfd.file().write_all_at(&bytes, 0)?;
                 let file = memfd.file().try_clone()?;

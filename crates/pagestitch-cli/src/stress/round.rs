@@ -114,7 +114,7 @@ fn run_changing(rng: &mut Rng, run: Run<'_>) -> Result<(), Box<dyn Error>> {
             0..3 => written::run(rng, run, limit, &server, failures),
             3..5 => bounded::run(rng, run, &budget, &server, !beside),
             5 | 6 => replaced::run(rng, run, limit, &server, !locked.is_none()),
-            _ => grown::run(rng, run, &server),
+            _ => grown::run(rng, run, limit, &server),
         };
         let other = join_all(other.into_iter().collect());
         done.and_then(|()| other.map_err(Into::into))
