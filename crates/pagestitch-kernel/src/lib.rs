@@ -38,6 +38,7 @@
 //! | | [`revocable`] | borrowed bytes for threads that may outlive the borrow, revoked when it ends |
 //! | | `copy` | copies of bytes that may change meanwhile |
 //! | 4 | [`reservation`] | an owned range of addresses behind one bounds check |
+//! | | [`mapped_buffer`] | a buffer outside of the memory of the allocator |
 //! | | [`atomic_table`] | tables that cost memory only where they are touched |
 //! | | [`memfd`] | sealed memfds: bytes that no process can change and each can map |
 //! | | [`sigbus`] | faults served in a signal handler, by the thread that takes them |
@@ -107,6 +108,7 @@ mod guarded_ref;
 pub mod immutable;
 mod inode;
 pub mod limits;
+pub mod mapped_buffer;
 mod mapping;
 pub mod memfd;
 pub mod memory_left;

@@ -226,7 +226,7 @@ impl Share {
             done += now;
         }
         if let Some(dirty) = &self.dirty {
-            self.write_batch(region, dirty, standby, &batch);
+            self.write_batch(region, dirty, standby, &mut batch);
         }
         all_moved
     }

@@ -50,18 +50,28 @@ impl Share {
         let snapshots = dirty.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
         // A signal handler of this thread may wait for a thread that takes a buffer.
         let quiet = without_handlers();
-        let (mut buffer, pages) = self.state.take_buffer();
+        let buffer = self.state.take_buffer();
         drop(quiet);
+        let mut buffer = match buffer {
+            Ok(buffer) => buffer,
+            Err(errno) => {
+                dirty
+                    .first_unwritten(span)
+                    .iter()
+                    .for_each(|first| failed(*first, no_buffer(region, *first, errno)));
+                return;
+            }
+        };
         let is_reserved = self.state.try_reserve(BATCH);
         let mut rest = span;
         while let Some(first) = dirty.first_unwritten(rest) {
             rest = rest.without_prefix(first.0 - rest.first.0);
-            let done = self.flush_run(region, dirty, (&snapshots, &mut buffer), rest, failed);
+            let done = self.flush_run(region, dirty, (&snapshots, buffer.bytes()), rest, failed);
             rest = rest.without_prefix(done);
         }
         self.state.release(if is_reserved { BATCH } else { 0 });
         let quiet = without_handlers();
-        self.state.buffers.lock().unwrap_or_else(PoisonError::into_inner).push((buffer, pages));
+        self.state.keep_buffer(buffer);
         drop(quiet);
     }
 
@@ -241,6 +251,19 @@ fn unreadable(region: &Mapping, page: Page, errno: Errno) -> Failure {
     let what = format!(
         "the written page stays dirty, because the kernel cannot read it ({errno}): give it read access; its memory may have an error otherwise"
     );
+    stays_dirty(region, page, what)
+}
+
+/// The failure of a page for whose bytes there is no buffer.
+#[cold]
+fn no_buffer(region: &Mapping, page: Page, errno: Errno) -> Failure {
+    let what = format!(
+        "the written page stays dirty, because the kernel has no memory for its bytes ({errno}): free some"
+    );
+    stays_dirty(region, page, what)
+}
+
+fn stays_dirty(region: &Mapping, page: Page, what: String) -> Failure {
     let offsets = region.page_size().offsets(page.span());
     region.layout.piece_at(offsets.start, offsets.end).failed(FailureReason::Kernel.error(what))
 }

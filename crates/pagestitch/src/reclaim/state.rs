@@ -10,6 +10,7 @@ use crate::reclaim::sampling::Sampling;
 use crate::reclaim::slots::{Emptying, Ends, Slots};
 use pagestitch_kernel::arena::{Arena, Discards};
 use pagestitch_kernel::fork::ForkGeneration;
+use pagestitch_kernel::mapped_buffer::MappedBuffer;
 use pagestitch_kernel::rcu::Rcu;
 use pagestitch_kernel::striped::Stripe;
 use pagestitch_kernel::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -43,16 +44,14 @@ pub(super) struct State<S> {
     pub(super) writes: Writes,
     /// Evicts pages that signal handlers must not write.
     pub(super) evictor: Evictor,
-    /// Buffers of threads that write pages back: one for each that has done so at the same time.
-    pub(super) buffers: Mutex<Vec<BatchBuffer>>,
+    /// Buffers of threads that write pages back: one for each that has done so at the same time. A thread that
+    /// takes one may serve the thread that holds the lock of the allocator, so none is of the allocator's memory.
+    buffers: Mutex<Vec<MappedBuffer>>,
     /// The regions, by their number.
     pub(super) members: Rcu<Vec<Option<Arc<S>>>>,
     pub(super) tally: Tally,
     pub(super) generation: ForkGeneration,
 }
-
-/// The bytes of a batch of pages that are written back, and room for the pages with their slots.
-pub(super) type BatchBuffer = (Vec<u8>, Vec<(Page, usize)>);
 
 /// Pages that have left their regions, and are in memory still.
 #[derive(Debug)]
@@ -121,7 +120,7 @@ impl<S: Send + Sync> State<S> {
             leaving: AtomicUsize::new(0),
             writes: Writes::default(),
             evictor: Evictor::default(),
-            buffers: Mutex::new(Vec::new()),
+            buffers: Mutex::new(Vec::with_capacity(BUFFERS)),
             members: Rcu::empty(),
             tally: Tally::default(),
             generation: ForkGeneration::current(),
@@ -237,6 +236,21 @@ impl<S: Send + Sync> State<S> {
     /// The right to choose, after a wait. Not in a signal handler.
     pub(super) fn choose(&self) -> MutexGuard<'_, Chooser> {
         self.chooser.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A buffer for a batch of pages.
+    pub(super) fn take_buffer(&self) -> Result<MappedBuffer, Errno> {
+        let kept = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let pages = NonZeroUsize::new(BATCH).expect("a batch has pages");
+        kept.map_or_else(|| MappedBuffer::new(pages), Ok)
+    }
+
+    /// Keeps a buffer for later batches.
+    pub(super) fn keep_buffer(&self, buffer: MappedBuffer) {
+        let mut kept = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() < kept.capacity() {
+            kept.push(buffer);
+        }
     }
 
     /// Counts the time of a thread that had to free memory before it could fill a page.
@@ -404,6 +418,8 @@ pub(super) const fn room_for(limit: usize) -> usize {
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 /// The pages that leave at once.
 pub(super) const BATCH: usize = 64;
+/// The most buffers for batches that a budget keeps.
+const BUFFERS: usize = 256;
 /// The slots that are free at rest, so that the next batches find room in the list.
 pub(super) const SPARE_SLOTS: usize = 2 * BATCH;
 /// Pinned pages have at most this share of a budget.

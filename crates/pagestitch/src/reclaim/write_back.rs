@@ -5,14 +5,14 @@ use crate::reclaim::dirty::DirtyPages;
 use crate::reclaim::places::Place;
 use crate::reclaim::share::{Quiet, Share, State};
 use crate::reclaim::soft_fault::Return;
-use crate::reclaim::state::{BATCH, BatchBuffer, Standby, count, key_of};
+use crate::reclaim::state::{BATCH, Standby, count, key_of};
 use crate::reclaim::write_in_handler::HandlerWrites;
 use crate::source::{ask_writer, write_all};
 use crate::space::Mapping;
 use crate::space::page_table::{PageState, Wake};
-use pagestitch_kernel::{Page, PageSize, Span};
-use std::sync::PoisonError;
-use std::{mem, thread};
+use pagestitch_kernel::mapped_buffer::MappedBuffer;
+use pagestitch_kernel::{Errno, Page, PageSize, Span};
+use std::thread;
 
 /// The way in which dirty pages that have moved to slots are written.
 pub(super) enum Writer<'w, 's> {
@@ -35,54 +35,60 @@ impl Writer<'_, '_> {
 /// Dirty pages that have moved to slots together, with a copy of their bytes.
 pub(super) struct Batch<'s> {
     state: &'s State,
-    /// Empty before the first dirty page.
-    buffer: Vec<u8>,
+    /// `None` before the first dirty page.
+    buffer: Option<MappedBuffer>,
     /// The pages, ascending, with their slots.
-    pages: Vec<(Page, usize)>,
-    /// Pages whose bytes the kernel does not read.
+    pages: [(Page, usize); BATCH],
+    /// The number of pages in the buffer.
+    filled: usize,
+    /// Pages whose bytes the kernel does not read, or for which it has no buffer.
     unread: Option<Vec<(Page, usize)>>,
 }
 
 impl<'s> Batch<'s> {
     pub(super) const fn new(state: &'s State) -> Self {
-        Self { state, buffer: Vec::new(), pages: Vec::new(), unread: None }
+        Self { state, buffer: None, pages: [(Page(0), 0); BATCH], filled: 0, unread: None }
     }
 
     /// Adds a page that is claimed still.
     pub(super) fn add(&mut self, standby: &Standby, page: Page, slot: usize) {
-        let size = PageSize::system().bytes();
-        if self.buffer.is_empty() {
-            (self.buffer, self.pages) = self.state.take_buffer();
-            self.state.writes.begin();
-        }
-        let at = self.pages.len() * size;
-        match standby.arena.read(slot, &mut self.buffer[at..at + size]) {
-            Ok(()) => self.pages.push((page, slot)),
+        match self.copy(standby, slot) {
+            Ok(()) => {
+                self.pages[self.filled] = (page, slot);
+                self.filled += 1;
+            }
             // A memory error, for example.
             Err(_) => self.unread.get_or_insert_default().push((page, slot)),
         }
+    }
+
+    /// Copies the bytes of a slot behind those of the pages before.
+    fn copy(&mut self, standby: &Standby, slot: usize) -> Result<(), Errno> {
+        let buffer = match &mut self.buffer {
+            Some(buffer) => buffer,
+            empty => {
+                let buffer = self.state.take_buffer()?;
+                self.state.writes.begin();
+                empty.insert(buffer)
+            }
+        };
+        let size = PageSize::system().bytes();
+        standby.arena.read(slot, &mut buffer.bytes()[self.filled * size..][..size])
+    }
+
+    /// The pages with their slots, and their bytes.
+    fn content(&mut self) -> (&[(Page, usize)], &[u8]) {
+        let bytes = self.buffer.as_mut().map_or(&[][..], |buffer| buffer.bytes());
+        (&self.pages[..self.filled], bytes)
     }
 }
 
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
-        if !self.buffer.is_empty() {
-            let (buffer, mut pages) = (mem::take(&mut self.buffer), mem::take(&mut self.pages));
-            pages.clear();
-            let mut kept = self.state.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-            kept.push((buffer, pages));
-            drop(kept);
+        if let Some(buffer) = self.buffer.take() {
+            self.state.keep_buffer(buffer);
             self.state.writes.end();
         }
-    }
-}
-
-impl State {
-    /// The buffers of a batch of pages.
-    pub(super) fn take_buffer(&self) -> BatchBuffer {
-        let kept = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let new = || (vec![0; BATCH * PageSize::system().bytes()], Vec::with_capacity(BATCH));
-        kept.unwrap_or_else(new)
     }
 }
 
@@ -101,9 +107,9 @@ impl Share {
         region: &Mapping,
         dirty: &DirtyPages,
         standby: &Standby,
-        batch: &Batch<'_>,
+        batch: &mut Batch<'_>,
     ) {
-        let (mut rest, mut bytes) = (&batch.pages[..], &batch.buffer[..]);
+        let (mut rest, mut bytes) = batch.content();
         while !rest.is_empty() {
             let span = neighbours(rest);
             let (pages, later) = rest.split_at(span.pages);
