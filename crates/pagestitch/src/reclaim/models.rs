@@ -1,8 +1,10 @@
-//! Model of pages that leave, wait in slots, and come back or are dropped, in many orders of the threads.
+//! Model of pages that leave, wait in slots, and come back or are dropped, and of a region that ends meanwhile, in many
+//! orders of the threads.
 
 use crate::reclaim::places::{Place, Places};
 use crate::reclaim::slots::{Ends, Slots};
 use crate::space::page_table::{PageState, PageTable, Wake};
+use pagestitch_kernel::gate::Gate;
 use pagestitch_kernel::sync::Mutex;
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::sync::model::explore;
@@ -21,6 +23,10 @@ struct Bounded {
     arena: [AtomicUsize; 2],
     /// The pages of memory in use.
     frames: AtomicUsize,
+    /// Closed when the region ends.
+    gate: Gate,
+    /// The pages of memory in the region.
+    resident: AtomicUsize,
 }
 
 impl Wake for Bounded {
@@ -39,6 +45,8 @@ impl Bounded {
             region: [AtomicUsize::new(1), AtomicUsize::new(2)],
             arena: [AtomicUsize::new(0), AtomicUsize::new(0)],
             frames: AtomicUsize::new(2),
+            gate: Gate::new(),
+            resident: AtomicUsize::new(2),
         };
         bounded.pages.mark_present(Span { first: Page(0), pages: 2 });
         for page in [Page(0), Page(1)] {
@@ -53,18 +61,24 @@ impl Bounded {
         if taken == 0 {
             return;
         }
+        let Some(_inside) = self.gate.enter() else { return self.slots.skip(slot) };
         let Ok(mut claim) = self.pages.claim_present(page.span(), self) else { return self.slots.skip(slot) };
         let frame = self.region[page.0].swap(0, Ordering::SeqCst);
         assert_eq!(frame, page.0 + 1, "a page that is present in the table is resident");
         assert_eq!(self.arena[slot].swap(frame, Ordering::SeqCst), 0, "a taken slot is empty");
         self.slots.fill(slot, page.0 as u64);
         self.places.set(page, Place::Slot(slot as u32));
+        self.resident.fetch_sub(1, Ordering::SeqCst);
         claim.settle(1, PageState::Absent);
     }
 
     /// As `State::empty`.
     fn empty(&self) {
-        let run = self.slots.begin_empty(&mut self.ends.lock().unwrap(), 1, |_| {});
+        self.empty_up_to(1);
+    }
+
+    fn empty_up_to(&self, most: usize) {
+        let run = self.slots.begin_empty(&mut self.ends.lock().unwrap(), most, |_| {});
         let Some(run) = run else { return };
         let freed = run.slots().filter(|&slot| self.arena[slot].swap(0, Ordering::SeqCst) > 0).count();
         assert_eq!(freed, run.frames, "a slot that is emptied has the frame that it is said to have");
@@ -74,6 +88,7 @@ impl Bounded {
 
     /// As a journey: the page comes back, or is filled.
     fn touch(&self, page: Page) {
+        let Some(_inside) = self.gate.enter() else { return };
         let Ok(mut claim) = self.pages.claim(page, self) else { return };
         let place = self.places.get(page);
         match place {
@@ -88,7 +103,16 @@ impl Bounded {
         }
         assert_eq!(self.region[page.0].swap(page.0 + 1, Ordering::SeqCst), 0, "the page was missing");
         self.places.set(page, Place::Resident);
+        self.resident.fetch_add(1, Ordering::SeqCst);
         claim.settle(1, PageState::Present);
+    }
+
+    /// As the drop of a region, and that of its `Membership`.
+    fn drop_region(&self) {
+        self.gate.close();
+        self.frames.fetch_sub(self.resident.load(Ordering::SeqCst), Ordering::SeqCst);
+        let unmapped = self.region.iter().filter(|at| at.swap(0, Ordering::SeqCst) > 0).count();
+        assert_eq!(unmapped, self.resident.load(Ordering::SeqCst), "no page comes or leaves any more");
     }
 
     /// At rest: the counted frames are those that exist, and each page can be had.
@@ -97,6 +121,10 @@ impl Bounded {
             |frames: &[AtomicUsize]| frames.iter().filter(|at| at.load(Ordering::SeqCst) > 0).count();
         assert_eq!(self.frames.load(Ordering::SeqCst), in_use(&self.region) + in_use(&self.arena));
         assert_eq!(self.slots.full(), in_use(&self.arena));
+        if self.gate.is_closed() {
+            (0..2).for_each(|_| self.empty_up_to(2));
+            return assert_eq!((self.frames.load(Ordering::SeqCst), in_use(&self.arena)), (0, 0));
+        }
         for page in [Page(0), Page(1)] {
             self.touch(page);
             assert_eq!(self.region[page.0].load(Ordering::SeqCst), page.0 + 1);
@@ -136,5 +164,18 @@ fn two_evictors_and_two_emptying_threads_share_the_ring() {
             bounded.touch(Page(1));
         };
         run(&[evict, evict, |bounded| bounded.touch(Page(0))]);
+    });
+}
+
+/// The frames of its pages that wait in slots are left, and are freed like others.
+#[test]
+fn an_evictor_and_a_drop_of_its_region_count_each_page_once() {
+    explore("an evictor beside a drop", || {
+        run(&[
+            |bounded| [Page(0), Page(1)].into_iter().for_each(|page| bounded.move_out(page)),
+            |bounded| [Page(0), Page(0)].into_iter().for_each(|page| bounded.touch(page)),
+            Bounded::drop_region,
+            Bounded::empty,
+        ]);
     });
 }
