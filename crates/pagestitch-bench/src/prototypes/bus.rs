@@ -2,9 +2,10 @@
 
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use pagestitch::{Inline, Region};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, Once, PoisonError};
 
 /// Memory whose pages a signal handler fills.
 pub(super) trait Fills: Sync {
@@ -13,19 +14,29 @@ pub(super) trait Fills: Sync {
 }
 
 /// Runs `work` while its threads fill the pages that they touch, with some signals masked meanwhile. One
-/// memory has the handler at a time.
+/// memory has the handler at a time. Other threads may use regions that are served inline: their faults are passed on.
 pub(super) fn serve<T>(memory: &dyn Fills, masked: SigSet, work: impl FnOnce() -> T) -> T {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     MEMORY.store(ptr::from_ref(&memory).cast_mut().cast(), Ordering::Release);
+    install_that_of_regions();
     let flags = SaFlags::SA_SIGINFO | SaFlags::SA_NODEFER;
     let _installed = Installed::new(&SigAction::new(SigHandler::SigAction(on_bus), flags, masked));
     work()
 }
 
+/// Has the library install its handler, which stays. Else it could do so above the one of [`serve`], whose end would take
+/// both away.
+fn install_that_of_regions() {
+    static ONCE: Once = Once::new();
+    // Without a region there is no such handler.
+    ONCE.call_once(|| drop(Region::builder().chunk(vec![0u8]).build(Inline)));
+}
+
 /// The handler, until it is dropped.
 struct Installed {
-    before: SigAction,
+    /// Never freed, because the handler of another thread may be reading it.
+    before: &'static SigAction,
 }
 
 impl Installed {
@@ -33,7 +44,9 @@ impl Installed {
         // SAFETY: the handler calls no function that a signal may not interrupt.
         #[expect(unsafe_code, reason = "a signal handler")]
         let before = unsafe { sigaction(Signal::SIGBUS, action) };
-        Self { before: before.expect("SIGBUS has a handler") }
+        let before = Box::leak(Box::new(before.expect("SIGBUS has an action")));
+        BEFORE.store(before, Ordering::Release);
+        Self { before }
     }
 }
 
@@ -41,23 +54,31 @@ impl Drop for Installed {
     fn drop(&mut self) {
         // SAFETY: the handler was installed before, so it may be installed.
         #[expect(unsafe_code, reason = "a signal handler")]
-        let _ = unsafe { sigaction(Signal::SIGBUS, &self.before) };
+        let _ = unsafe { sigaction(Signal::SIGBUS, self.before) };
         MEMORY.store(ptr::null_mut(), Ordering::Release);
     }
 }
 
 /// Fills the page of the address. The interrupted code is a load, so it has no errno to keep.
-extern "C" fn on_bus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
+extern "C" fn on_bus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes the information of this signal.
     #[expect(unsafe_code, reason = "the information of a signal")]
-    let info = unsafe { &*info };
+    let about = unsafe { &*info };
     // SAFETY: a SIGBUS of the kernel has an address.
     #[expect(unsafe_code, reason = "the address of a fault")]
-    let address = unsafe { info.si_addr() }.addr();
+    let address = unsafe { about.si_addr() }.addr();
     // SAFETY: the threads that touch the memory end before `serve` returns, which borrows the memory.
     #[expect(unsafe_code, reason = "the memory of a signal handler")]
     let memory = unsafe { MEMORY.load(Ordering::Acquire).as_ref() };
-    if !memory.is_some_and(|memory| memory.fill_at(address)) {
+    if memory.is_some_and(|memory| memory.fill_at(address)) {
+        return;
+    }
+    // SAFETY: actions are leaked.
+    #[expect(unsafe_code, reason = "the action before a signal handler")]
+    let before = unsafe { BEFORE.load(Ordering::Acquire).as_ref() };
+    if let Some(SigHandler::SigAction(handler)) = before.map(SigAction::handler) {
+        handler(signal, info, context);
+    } else {
         // The retried access ends the process.
         // SAFETY: the default action runs no code of this process.
         #[expect(unsafe_code, reason = "takes a signal handler away")]
@@ -65,4 +86,5 @@ extern "C" fn on_bus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void
     }
 }
 
+static BEFORE: AtomicPtr<SigAction> = AtomicPtr::new(ptr::null_mut());
 static MEMORY: AtomicPtr<&dyn Fills> = AtomicPtr::new(ptr::null_mut());
