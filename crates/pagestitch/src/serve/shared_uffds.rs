@@ -148,6 +148,7 @@ impl SharedUffds {
                 Some(entry) if entry.uffd != index => touch_again(&shared.uffd, fault),
                 Some(Entry { handle: Some(handle), .. }) => match handle.enter() {
                     Some(region) => {
+                        region.prefetch(0);
                         to_request(&region, fault, read).into_iter().for_each(|asked| each(&region, asked));
                     }
                     // It is being dropped, and wakes its waiters.
