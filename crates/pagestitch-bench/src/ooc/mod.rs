@@ -38,7 +38,7 @@ use pagestitch::{
 };
 use serde::{Deserialize, Serialize};
 use std::env;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Stdio, exit};
@@ -239,9 +239,16 @@ impl ReadTask {
         self.figures(&region, &budget, || self.write(&words, &trace, || region.flush(..).expect("a flush")))
     }
 
-    /// Beside the budget, the cgroup holds the program, its tables, and a little of the page cache.
+    /// Beside the budget, the cgroup holds the program, and tables: 8 bytes of page tables and as many of the region's
+    /// own for each page of the file. With workers, it holds their blocks, and the page cache of streams.
     fn budget(&self) -> Budget {
-        Budget::bytes(self.memory - (self.memory / 16).max(24 << 20)).expect("a budget")
+        const PROGRAM: u64 = 16 << 20;
+        let tables = fs::metadata(&self.file).expect("the file").len() / (PAGE / 16) as u64;
+        let streams = match self.way {
+            Way::Region | Way::RegionDirect => self.memory / 32,
+            _ => 0,
+        };
+        Budget::bytes(self.memory - PROGRAM - tables - streams).expect("a budget")
     }
 
     /// The figures of touches of a region.
