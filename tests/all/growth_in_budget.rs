@@ -3,7 +3,7 @@
 
 use crate::bounded_writes::{BUDGET, PAGES, pool};
 use crate::inline_files::file_of;
-use crate::{PAGE, pattern};
+use crate::{PAGE, discard, pattern};
 use pagestitch::source::ImmutableFile;
 use pagestitch::{Budget, BuildOption, Chunk, ErrorKind, Inline, OnFailure, Region, Server, SharedRegion};
 use pagestitch_testkit::scope::scope;
@@ -72,6 +72,24 @@ fn the_last_page_has_appended_bytes_wherever_it_is() {
             assert!(last.iter().all(|&byte| byte == 2), "after {others} pages: {last:?}");
         }
         assert!(budget.evictions() > 1_000, "{:?}", budget.metrics());
+    }
+}
+
+#[test]
+fn a_discarded_last_page_has_appended_bytes() {
+    for server in servers() {
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let log = log(&budget, &server);
+        let mut expected = vec![3; 5 * PAGE + 100];
+        log.append(expected.clone()).unwrap();
+        for round in 0..5 {
+            assert!(log.as_slice() == expected);
+            discard(log.as_ptr().addr().get() + 5 * PAGE, PAGE);
+            log.append(vec![round; 50]).unwrap();
+            expected.extend([round; 50]);
+        }
+        assert!(log.as_slice() == expected);
+        assert_eq!(budget.resident_bytes(), 6 * PAGE as u64);
     }
 }
 

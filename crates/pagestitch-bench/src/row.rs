@@ -71,6 +71,8 @@ pub struct Row {
     /// The time of this system (p50 if there is one) divided by the time of the baseline. Below 1
     /// is faster.
     pub ratio: Option<f64>,
+    /// The ratio of each round to the baseline of `ratio`.
+    pub round_ratios: Vec<f64>,
     /// The ratios to all baselines.
     pub ratios: Vec<(String, f64)>,
     /// The ratios of the processor time of a page to that of all baselines, if both were measured.

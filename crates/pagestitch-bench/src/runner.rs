@@ -76,8 +76,12 @@ fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: u
     let seconds: Vec<f64> = own.iter().map(|sample| sample.time.as_secs_f64()).collect();
     let (pages, bytes) = (own[0].pages, own[0].bytes);
     let middle = median(seconds.clone());
-    let ratios = |cost: fn(&Sample) -> Option<f64>| ratios(cases, samples, index, cost);
-    let (ratios, cpu_ratios) = (ratios(|sample| Some(cost(sample))), ratios(processor_each));
+    let of_rounds = round_ratios(cases, samples, index, |sample| Some(cost(sample)));
+    let of_processor = round_ratios(cases, samples, index, processor_each);
+    let medians = |ratios: &[(String, Vec<f64>)]| -> Vec<(String, f64)> {
+        ratios.iter().map(|(name, rounds)| (name.clone(), median(rounds.clone()))).collect()
+    };
+    let (ratios, cpu_ratios) = (medians(&of_rounds), medians(&of_processor));
     let latencies = own.iter().filter_map(|sample| sample.latencies.as_ref()).fold(None, |all, one| {
         let mut all: Histogram<u64> = all.unwrap_or_else(histogram);
         all += one;
@@ -118,6 +122,7 @@ fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: u
         resident_limit: own.iter().filter_map(|sample| sample.resident_limit).max(),
         baseline: ratios.first().map(|(name, _)| name.clone()),
         ratio: ratios.first().map(|(_, ratio)| *ratio),
+        round_ratios: of_rounds.into_iter().next().map_or_else(Vec::new, |(_, rounds)| rounds),
         ratios,
         cpu_ratios,
     };
@@ -130,13 +135,13 @@ fn median_of(samples: &[Sample], figure: fn(&Sample) -> Option<f64>) -> Option<f
     (!figures.is_empty()).then(|| median(figures))
 }
 
-/// The medians of the ratios of a cost to that of each baseline in the same round.
-fn ratios(
+/// The ratios of a cost to that of each baseline in the same round.
+fn round_ratios(
     cases: &[Case],
     samples: &[Vec<Sample>],
     index: usize,
     cost: impl Fn(&Sample) -> Option<f64>,
-) -> Vec<(String, f64)> {
+) -> Vec<(String, Vec<f64>)> {
     let case = &cases[index];
     let to = |(system, point): &(&'static str, String)| {
         let other = cases.iter().position(|other| other.system == *system && other.point == *point)?;
@@ -144,7 +149,7 @@ fn ratios(
         let of_rounds: Option<Vec<f64>> =
             of_rounds.map(|(own, other)| Some(cost(own)? / cost(other)?)).collect();
         let name = if *point == case.point { (*system).to_owned() } else { format!("{system} {point}") };
-        Some((name, median(of_rounds?)))
+        Some((name, of_rounds?))
     };
     case.baselines.iter().filter_map(to).collect()
 }

@@ -2,7 +2,9 @@
 
 use super::table::aligned;
 use crate::format::seconds;
+use crate::measure::median;
 use crate::row::Row;
+use fastrand::Rng;
 use serde::Serialize;
 use std::io;
 use std::path::Path;
@@ -27,6 +29,8 @@ pub struct Comparison {
     pub ratio_now: Option<f64>,
     /// The change of the ratio in percent.
     pub change_percent: Option<f64>,
+    /// Its 95 % interval. `None` if one of the runs has fewer than ten rounds.
+    pub change_interval: Option<[f64; 2]>,
 }
 
 impl Comparison {
@@ -46,6 +50,7 @@ impl Comparison {
             ratio_then: then.ratio,
             ratio_now: now.ratio,
             change_percent: change,
+            change_interval: interval(&then.round_ratios, &now.round_ratios),
         }
     }
 
@@ -61,13 +66,30 @@ impl Comparison {
             ratio(self.ratio_then),
             ratio(self.ratio_now),
             self.change_percent.map_or_else(String::new, |change| format!("{change:+.0} %")),
+            self.change_interval.map_or_else(String::new, |[low, high]| format!("{low:+.0} to {high:+.0}")),
         ]
     }
 }
 
 /// The columns of a comparison. The first three are names.
-pub(super) const HEAD: [&str; 8] =
-    ["workload", "system", "at", "time then", "now", "ratio then", "now", "change"];
+pub(super) const HEAD: [&str; 9] =
+    ["workload", "system", "at", "time then", "now", "ratio then", "now", "change", "95 %"];
+
+/// The 95 % interval of the change of a median in percent: the changes between rounds that are drawn at random from both
+/// runs, again and again (bootstrap).
+fn interval(then: &[f64], now: &[f64]) -> Option<[f64; 2]> {
+    const DRAWS: usize = 1_000;
+    const ROUNDS_LEAST: usize = 10;
+    if then.len().min(now.len()) < ROUNDS_LEAST {
+        return None;
+    }
+    let mut rng = Rng::with_seed(1);
+    let mut drawn =
+        |rounds: &[f64]| median(rounds.iter().map(|_| rounds[rng.usize(..rounds.len())]).collect());
+    let mut changes: Vec<f64> = (0..DRAWS).map(|_| (drawn(now) / drawn(then) - 1.0) * 100.0).collect();
+    changes.sort_by(f64::total_cmp);
+    Some([changes[DRAWS / 40], changes[DRAWS - 1 - DRAWS / 40]])
+}
 
 /// Reads the rows of an earlier run with `--json`.
 ///
@@ -123,5 +145,16 @@ mod tests {
         let text = table(&compare(&[row(0.5)], &[row(0.6)]));
         assert!(text.contains("0.50") && text.contains("0.60") && text.contains("+20 %"), "{text}");
         assert!(table(&compare(&[], &[row(0.5)])).contains("no row in common"));
+    }
+
+    #[test]
+    fn the_interval_of_a_change_has_the_change_and_is_narrow_for_even_rounds() {
+        let rounds =
+            |from: f64, step: f64| (0..20).map(|round| from + step * f64::from(round)).collect::<Vec<_>>();
+        let [low, high] = interval(&rounds(0.99, 0.001), &rounds(1.09, 0.001)).unwrap();
+        assert!(low > 8.0 && low < 10.0 && high > 10.0 && high < 12.0, "{low} to {high}");
+        let [low, high] = interval(&rounds(0.5, 0.05), &rounds(0.6, 0.05)).unwrap();
+        assert!(low < 0.0 && high > 20.0, "{low} to {high}");
+        assert_eq!(interval(&[1.0; 9], &[1.0; 20]), None);
     }
 }

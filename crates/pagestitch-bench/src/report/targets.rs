@@ -95,7 +95,7 @@ const POOL: &str = "pool, budget";
 const POOL_DIRECT: &str = "pool, budget, direct";
 const RANDOM: &str = "mmap, MADV_RANDOM";
 
-static TARGETS: [Target; 42] = [
+static TARGETS: [Target; 44] = [
     evict("evict()", "pages in order", Each, AtMost(1.0)),
     evict("evict()", "pages in order, 2 threads", Speed("evict() pages in order"), AtLeast(1.5)),
     evict("evict()", "every other page", Each, AtMost(1.0)),
@@ -125,6 +125,8 @@ static TARGETS: [Target; 42] = [
     ooc(INLINE_DIRECT, "file, zipf, 16 threads", Time(RANDOM), AtMost(1.1)),
     ooc(POOL, "file, sequential", Time("mmap"), AtMost(1.1)),
     ooc(POOL, "file, sequential", Time("mmap, MADV_SEQUENTIAL"), AtMost(1.2)),
+    ooc(POOL_DIRECT, "file, sequential", Time("mmap"), AtMost(1.1)),
+    ooc(POOL_DIRECT, "file, sequential", Time("mmap, MADV_SEQUENTIAL"), AtMost(1.2)),
     ooc(POOL_DIRECT, "file, scan + hot set", Time(RANDOM), AtMost(0.7)),
     ooc(POOL_DIRECT, "file, scan + hot set", OfPerfectBits, AtLeast(0.95)),
     ooc(INLINE_DIRECT, "file, scan + hot set", OfPerfectBits, AtLeast(0.95)),
