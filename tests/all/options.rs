@@ -166,7 +166,7 @@ fn refusal_on_memfd(other: &str, server: &str, kind: &str, adopted: bool) -> Opt
 
 fn refusal_in_private_memory(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
     use BuildOption::{
-        Budget, Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, PopulateThreads,
+        Budget, Capacity, Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, PopulateThreads,
         Readahead, Record, RecordLatency, ReleaseSources, Replay, ReportDiscards, Shards, Writable,
     };
     use ErrorKind::{InvalidOption, NotZeroCopy, OptionConflict, UnsuitableServer};
@@ -180,10 +180,10 @@ fn refusal_in_private_memory(option: &str, server: &str, adopted: bool) -> Optio
         ("budget and readahead", "inline", false) => (UnsuitableServer, Some(Readahead)),
         ("budget and shards", "inline", false) => (UnsuitableServer, Some(Shards)),
         ("budget and replay", "inline", false) => (UnsuitableServer, Some(Replay)),
+        ("budget and capacity", "eager", false) => (UnsuitableServer, Some(Capacity)),
         (budget, _, adopted) if budget.starts_with("budget") => {
             let (_, other) = budget.split_once(" and ").unwrap_or_default();
-            let refused =
-                ["writable", "record", "inherit_on_fork", "release_sources", "track_changes", "capacity"];
+            let refused = ["writable", "record", "inherit_on_fork", "release_sources", "track_changes"];
             match (refused.contains(&other) || adopted, server) {
                 (true, _) => (OptionConflict, Some(Budget)),
                 (false, "eager") => (UnsuitableServer, Some(Budget)),

@@ -179,11 +179,13 @@ pub(super) struct DirtyCount {
 }
 
 impl DirtyCount {
+    #[inline(always)] // a signal handler has a small stack
     fn add(&self) {
         self.own.fetch_add(1, Ordering::Relaxed);
         self.all.fetch_add(1, Ordering::Relaxed);
     }
 
+    #[inline(always)]
     fn sub(&self) {
         self.own.fetch_sub(1, Ordering::Relaxed);
         self.all.fetch_sub(1, Ordering::Relaxed);

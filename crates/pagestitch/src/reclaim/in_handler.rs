@@ -49,16 +49,25 @@ impl State {
             // A handler that found no room did without it.
             self.permits.store(0, Ordering::SeqCst);
         }
-        if self.is_due() && !self.evict_in_handler() {
-            self.evictor.requests().iter().for_each(|requests| requests.ask());
+        if !self.is_due() || self.evict_in_handler() {
+            return;
+        }
+        if let Some(requests) = self.evictor.requests() {
+            requests.ask();
         }
     }
 
     /// Has a few pages leave for the next faults, unless another thread does. False if they stay, or are for the
     /// thread of the budget.
+    #[inline(always)] // a signal handler has a small stack
     pub(super) fn evict_in_handler(&self) -> bool {
-        self.handlers_write()
-            && self.try_choose().is_none_or(|chooser| self.take_away_few(chooser, Need::Later))
+        if !self.handlers_write() {
+            return false;
+        }
+        match self.try_choose() {
+            Some(chooser) => self.take_away_few(chooser, Need::Later),
+            None => true,
+        }
     }
 
     pub(super) fn is_full(&self) -> bool {

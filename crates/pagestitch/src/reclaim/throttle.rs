@@ -24,7 +24,9 @@ impl State {
         if self.has_too_many_dirty() {
             let began = Instant::now();
             if !self.evict_in_handler() {
-                self.evictor.requests().iter().for_each(|requests| requests.ask_and_wait());
+                if let Some(requests) = self.evictor.requests() {
+                    requests.ask_and_wait();
+                }
             }
             self.stalled_since(began);
         }

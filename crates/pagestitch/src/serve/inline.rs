@@ -324,7 +324,9 @@ unsafe impl FaultHandler for Handler {
 /// True if a page may be written from now on. Not a part of its callers, for the sake of the stack.
 #[inline(never)]
 fn lets_write(region: &Mapping, page: Page) -> bool {
-    region.residence.iter().for_each(|residence| residence.throttle_in_handler());
+    if let Some(residence) = &region.residence {
+        residence.throttle_in_handler();
+    }
     let_write(region, page.span()).is_ok()
 }
 
