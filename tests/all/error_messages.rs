@@ -124,13 +124,13 @@ fn the_errors_of_growth_in_a_budget_name_the_chunk_and_the_remedy() {
         (
             log.append(file()).unwrap_err(),
             format!(
-                "region r: the appended chunk ({name}) may have other bytes after its page has left, because hashes are kept for the chunks of the build alone: use build_shared(), or bytes that cannot change"
+                "region r: chunk 0 ({name}) may have other bytes after its page has left, because hashes are kept for the chunks of the build alone: use build_shared(), or bytes that cannot change"
             ),
         ),
         (
             log.append(Chunk::from("1").on_failure(OnFailure::Zeros)).unwrap_err(),
             String::from(
-                "region r: a page of the appended chunk (memory) may come back as zeros (OnFailure::Zeros): use build_shared(), or another on_failure(), or leave out budget()",
+                "region r: a page of chunk 0 (memory) may come back as zeros (OnFailure::Zeros): use build_shared(), or another on_failure(), or leave out budget()",
             ),
         ),
         (

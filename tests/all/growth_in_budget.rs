@@ -3,12 +3,16 @@
 
 use crate::bounded_writes::{BUDGET, PAGES, pool};
 use crate::inline_files::file_of;
-use crate::{PAGE, discard, pattern};
+use crate::machine::rounds;
+use crate::{PAGE, SetOnDrop, discard, handle, pattern, touch};
+use nix::sys::pthread::{pthread_kill, pthread_self};
+use nix::sys::signal::{SaFlags, SigHandler, Signal};
 use pagestitch::source::ImmutableFile;
 use pagestitch::{Budget, BuildOption, Chunk, ErrorKind, Inline, OnFailure, Region, Server, SharedRegion};
 use pagestitch_testkit::scope::scope;
+use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 const CAPACITY: u64 = 1 << 36;
 
@@ -91,6 +95,56 @@ fn a_discarded_last_page_has_appended_bytes() {
         assert!(log.as_slice() == expected);
         assert_eq!(budget.resident_bytes(), 6 * PAGE as u64);
     }
+}
+
+/// The page that the next append shares with the bytes before it.
+static SHARED: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn touch_shared(_signal: i32) {
+    match SHARED.load(Ordering::SeqCst) {
+        0 => {}
+        page => _ = touch(page),
+    }
+}
+
+/// The handler touches the page in which a chunk is appended, in the middle of the append.
+#[test]
+#[cfg_attr(sanitized = "thread", ignore = "handlers run with all signals blocked, SIGBUS too")]
+fn a_signal_handler_that_touches_the_last_page_takes_no_appended_byte_away() {
+    let end = child::run(this_test!(), || {
+        handle(Signal::SIGUSR1, SigHandler::Handler(touch_shared), SaFlags::SA_RESTART);
+        for server in servers() {
+            let budget = Budget::bytes(BUDGET).unwrap();
+            let builder = || Region::builder().capacity(CAPACITY);
+            for builder in [builder(), builder().budget(&budget)] {
+                let log = builder.build(server.clone()).unwrap();
+                let (appending, done) = (pthread_self(), AtomicBool::new(false));
+                scope(|scope| {
+                    let _done = SetOnDrop(&done);
+                    scope.spawn(|| {
+                        while !done.load(Ordering::Relaxed) {
+                            pthread_kill(appending, Signal::SIGUSR1).unwrap();
+                            (0..200).for_each(|_| std::hint::spin_loop());
+                        }
+                    });
+                    for _ in 0..rounds(4_000) {
+                        let end = log.append(vec![1; PAGE + PAGE / 2 + 2]).unwrap().end;
+                        if end % PAGE == 0 {
+                            // There is no such page.
+                            continue;
+                        }
+                        // No thread has touched it.
+                        SHARED.store(log.as_ptr().addr().get() + end / PAGE * PAGE, Ordering::SeqCst);
+                        let place = log.append(vec![1; PAGE]).unwrap();
+                        SHARED.store(0, Ordering::SeqCst);
+                        assert!(log.as_slice()[place].iter().all(|&byte| byte == 1));
+                    }
+                });
+            }
+            assert!(budget.resident_bytes() <= BUDGET, "{:?}", budget.metrics());
+        }
+    });
+    end.expect_pass();
 }
 
 #[test]

@@ -63,6 +63,26 @@ pub(crate) fn write_more_than_a_budget() {
     assert!(budget.metrics().write_backs > 500 && budget.metrics().soft_faults > 0, "{:?}", budget.metrics());
 }
 
+/// Reads a few pages, and writes to them until some go back before the others are written: to a file that takes them, and
+/// to one that takes none.
+pub(crate) fn write_to_more_pages_than_may_be_dirty() {
+    if moves_no_pages() {
+        return;
+    }
+    const FEW: usize = BUDGET as usize / PAGE * 25 / 32;
+    for takes_none in [false, true] {
+        let (budget, (file, chunk)) = (Budget::bytes(BUDGET).unwrap(), file(&vec![0; FEW * PAGE]));
+        let region = inline(&budget, chunk);
+        (0..FEW).for_each(|page| assert_eq!(load(&region, page), 0));
+        if takes_none {
+            fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
+        }
+        (0..FEW).for_each(|page| store(&region, page, 1));
+        let seen = budget.metrics();
+        assert!(if takes_none { seen.write_failures > 0 } else { seen.write_backs > 0 }, "{seen:?}");
+    }
+}
+
 /// Writes to pages until a file has not taken one of them back. No write needs room.
 pub(crate) fn write_to_a_file_that_takes_no_page() {
     if moves_no_pages() {

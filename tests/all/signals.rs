@@ -398,6 +398,7 @@ fn a_fault_is_served_on_a_small_alternate_stack() {
                     touch_more_than_a_budget();
                     crate::inline_writes::write_more_than_a_budget();
                     crate::inline_writes::write_to_a_file_that_takes_no_page();
+                    crate::inline_writes::write_to_more_pages_than_may_be_dirty();
                 });
                 println!(
                     "AT_MINSIGSTKSZ {frame}, an empty handler {nothing}, a fault {used} bytes of the stack"

@@ -3,12 +3,17 @@
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use pagestitch::{Inline, Region};
+use std::ops::Range;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
 
 /// Memory whose pages a signal handler fills.
 pub(super) trait Fills: Sync {
+    /// The addresses of the memory. Where it has several parts, from the first one to the end of the last one: no other
+    /// thread touches a region in between.
+    fn addresses(&self) -> Range<usize>;
+
     /// Fills the page at an address. False if the address is not in this memory.
     fn fill_at(&self, address: usize) -> bool;
 }
@@ -18,7 +23,10 @@ pub(super) trait Fills: Sync {
 pub(super) fn serve<T>(memory: &dyn Fills, masked: SigSet, work: impl FnOnce() -> T) -> T {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Range { start, end } = memory.addresses();
     MEMORY.store(ptr::from_ref(&memory).cast_mut().cast(), Ordering::Release);
+    END.store(end, Ordering::Release);
+    START.store(start, Ordering::Release);
     install_that_of_regions();
     let flags = SaFlags::SA_SIGINFO | SaFlags::SA_NODEFER;
     let _installed = Installed::new(&SigAction::new(SigHandler::SigAction(on_bus), flags, masked));
@@ -55,6 +63,7 @@ impl Drop for Installed {
         // SAFETY: the handler was installed before, so it may be installed.
         #[expect(unsafe_code, reason = "a signal handler")]
         let _ = unsafe { sigaction(Signal::SIGBUS, self.before) };
+        END.store(0, Ordering::Release);
         MEMORY.store(ptr::null_mut(), Ordering::Release);
     }
 }
@@ -67,16 +76,21 @@ extern "C" fn on_bus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
     // SAFETY: a SIGBUS of the kernel has an address.
     #[expect(unsafe_code, reason = "the address of a fault")]
     let address = unsafe { about.si_addr() }.addr();
-    // SAFETY: the threads that touch the memory end before `serve` returns, which borrows the memory.
-    #[expect(unsafe_code, reason = "the memory of a signal handler")]
-    let memory = unsafe { MEMORY.load(Ordering::Acquire).as_ref() };
-    if memory.is_some_and(|memory| memory.fill_at(address)) {
-        return;
+    if (START.load(Ordering::Acquire)..END.load(Ordering::Acquire)).contains(&address) {
+        // SAFETY: the thread touches this memory, and the threads that do end before `serve` returns, which borrows it.
+        #[expect(unsafe_code, reason = "the memory of a signal handler")]
+        let memory = unsafe { MEMORY.load(Ordering::Acquire).as_ref() };
+        if memory.is_some_and(|memory| memory.fill_at(address)) {
+            return;
+        }
     }
     // SAFETY: actions are leaked.
     #[expect(unsafe_code, reason = "the action before a signal handler")]
     let before = unsafe { BEFORE.load(Ordering::Acquire).as_ref() };
-    if let Some(SigHandler::SigAction(handler)) = before.map(SigAction::handler) {
+    let handler = before.map(|before| (before.handler(), before.mask()));
+    if let Some((SigHandler::SigAction(handler), mask)) = handler {
+        // Until the return from the signal, as if the kernel had called it.
+        let _ = mask.thread_block();
         handler(signal, info, context);
     } else {
         // The retried access ends the process.
@@ -87,4 +101,7 @@ extern "C" fn on_bus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
 }
 
 static BEFORE: AtomicPtr<SigAction> = AtomicPtr::new(ptr::null_mut());
+/// The addresses of the memory; empty without one.
+static START: AtomicUsize = AtomicUsize::new(0);
+static END: AtomicUsize = AtomicUsize::new(0);
 static MEMORY: AtomicPtr<&dyn Fills> = AtomicPtr::new(ptr::null_mut());

@@ -10,6 +10,7 @@ use pagestitch_kernel::arena::{Discards, Runs};
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{Access, Evictable, Features, Outcome, Page, StableView, Uffd};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Memory with a bound, whose pages `R` reads.
@@ -86,6 +87,11 @@ impl<R: Fn(usize, &mut Block) + Sync> BoundedFile<R> {
 }
 
 impl<R: Fn(usize, &mut Block) + Sync> Fills for BoundedFile<R> {
+    fn addresses(&self) -> Range<usize> {
+        let range = self.region.reservation().range();
+        range.start()..range.end()
+    }
+
     fn fill_at(&self, address: usize) -> bool {
         let Some(page) = self.region.reservation().page_at(address) else { return false };
         let range = self.region.reservation().addresses(page.span());

@@ -19,6 +19,7 @@ use pagestitch_kernel::{
 };
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// The bytes of the pages.
@@ -96,6 +97,12 @@ impl<S: Store> Bounded<S> {
 }
 
 impl<S: Store> Fills for Bounded<S> {
+    fn addresses(&self) -> Range<usize> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let range = state.region.reservation().range();
+        range.start()..range.end()
+    }
+
     fn fill_at(&self, address: usize) -> bool {
         // No touch happens below this lock, so no handler interrupts another one.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -7,6 +7,7 @@ use crate::team::part_length;
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{Access, Features, Outcome, Page, PageSize, Reservation, StableView, Uffd, View};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Memory in parts.
@@ -98,6 +99,12 @@ impl Parts {
 }
 
 impl Fills for Parts {
+    fn addresses(&self) -> Range<usize> {
+        let start = self.starts.first().map_or(0, |(start, _)| *start);
+        let end = self.parts.iter().map(|part| part.reservation.range().end()).max();
+        start..end.unwrap_or(0)
+    }
+
     fn fill_at(&self, address: usize) -> bool {
         self.find(address).inspect(|&page| self.fill(page)).is_some()
     }

@@ -580,7 +580,7 @@ impl AnyRegion {
         while self.served.written_back().is_some() && !rest.is_empty() {
             self.served.residence.iter().for_each(|residence| residence.throttle());
             // A page that has left is let be written by its fault.
-            let pages = let_write(&self.served, rest).unwrap_or(1);
+            let pages = let_write(&self.served, rest.prefix(LET_AT_ONCE)).unwrap_or(1);
             rest = rest.without_prefix(pages);
         }
     }
@@ -651,3 +651,6 @@ impl Drop for AnyRegion {
         }
     }
 }
+
+/// A call that writes to more pages lets so many be written at once, because some may have to go back in between.
+const LET_AT_ONCE: usize = 64;

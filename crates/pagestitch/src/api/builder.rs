@@ -625,7 +625,7 @@ impl<S> Builder<S> {
     /// * **Written pages** go back to their sources when they leave, if the region is built
     ///   [`write_back`](Self::write_back) and [`build_shared`](Self::build_shared): [`Budget`] tells how. Other
     ///   [`writable`](Self::writable) regions are refused.
-    /// * **With a [`capacity`](Self::capacity)**, appended pages leave, too: not in a region that is written back.
+    /// * **With a [`capacity`](Self::capacity)**, appended pages leave, too. A region with both cannot be written back.
     /// * Not for donated pages and adopted memory; and not with [`on_memfd`](Self::on_memfd),
     ///   [`inherit_on_fork`](Self::inherit_on_fork), [`record`](Self::record),
     ///   [`release_sources`](Self::release_sources) and [`report_discards`](Self::report_discards).

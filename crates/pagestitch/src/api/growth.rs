@@ -23,8 +23,8 @@ impl Region {
     /// * **Threads.** Several threads can append: one waits for the other. A source must not append to a
     ///   region that reads it.
     /// * **In a [budget](crate::Builder::budget)** appended pages leave and come back as others. Their bytes must not
-    ///   change: memory, sealed memfds, immutable files, stable sources and holes. After a
-    ///   chunk whose bytes may change, the next one begins at a page ([`Chunk::align`]).
+    ///   change: memory, sealed memfds, immutable files, stable sources and holes. A chunk
+    ///   that would begin in a page of a source that may change is refused without an [alignment](Chunk::align).
     /// * **Borrowed memory** cannot be appended, also inside a [`scope`](crate::scope()): copy it.
     ///
     /// # Errors
@@ -142,20 +142,22 @@ impl AnyRegion {
         if self.served.residence.is_none() {
             return Ok(());
         }
+        let number = self.served.layout.next_number();
         let (name, source) = (self.name(), chunk.backing().source().name());
         if chunk.may_be_zeros() {
             let what = format!(
-                "region {name}: a page of the appended chunk ({source}) may come back as zeros (OnFailure::Zeros): use \
+                "region {name}: a page of chunk {number} ({source}) may come back as zeros (OnFailure::Zeros): use \
                  build_shared(), or another on_failure(), or leave out budget()"
             );
-            return Err(Error::new(ErrorKind::OptionConflict, what).of_option(BuildOption::Budget));
+            let error = Error::new(ErrorKind::OptionConflict, what).of_option(BuildOption::Budget);
+            return Err(error.of_chunk(number));
         }
         if !chunk.backing().is_stable() {
             let what = format!(
-                "region {name}: the appended chunk ({source}) may have other bytes after its page has left, because hashes \
-                 are kept for the chunks of the build alone: use build_shared(), or bytes that cannot change"
+                "region {name}: chunk {number} ({source}) may have other bytes after its page has left, because hashes are \
+                 kept for the chunks of the build alone: use build_shared(), or bytes that cannot change"
             );
-            return Err(Error::new(ErrorKind::InvalidChunk, what));
+            return Err(Error::new(ErrorKind::InvalidChunk, what).of_chunk(number));
         }
         Ok(())
     }

@@ -49,8 +49,9 @@ use std::time::Duration;
 ///   needs the room. So a thread that writes faster than the source takes bytes waits in its faults, and a
 ///   source that hangs holds up the faults of all regions of the budget that need room. That thread may be
 ///   the only worker of a pool, so a source [never touches](crate::source::WritableSource#contract) a region
-///   that the same pool serves. Where seven of eight pages in memory are dirty, the first write to a page that is
-///   there waits, too, until some pages have gone back: so pages that come find free room.
+///   that the same pool serves. If dirty pages take seven eighths of the memory that the budget leaves to its
+///   regions, the first write to a page that is in memory has some of them go back before, while no source fails: so
+///   pages that come find free room.
 /// * **A scratch file**, for written pages whose source must not change, is a copy of it: a
 ///   [`WritableFile`](crate::source::WritableFile) without a name (`O_TMPFILE`) as the chunk.
 /// * **A source that takes no bytes back** loses none: the page stays, and is dirty.

@@ -203,11 +203,24 @@ impl Share {
         page.0 < self.evictable.reservation().pages()
     }
 
+    /// A batch for the dirty pages of the region, if it has such; `None` without a buffer.
+    fn begin_batch(&self) -> Option<Option<Batch<'_>>> {
+        match &self.dirty {
+            Some(_) => Batch::new(&self.state).map(Some),
+            None => Some(None),
+        }
+    }
+
     /// Moves pages, in the order of their addresses, to taken slots from `first` on; writes dirty ones to
     /// their sources. Returns the number of pages that have moved.
     fn move_out(&self, region: &Mapping, standby: &Standby, pages: &[PageKey], first: usize) -> usize {
         let quiet = Quiet(region);
-        let mut batch = Batch::new(&self.state);
+        let Some(mut batch) = self.begin_batch() else {
+            // Another thread has the last buffer, and the kernel has no memory for one.
+            pages.iter().for_each(|page| self.page_stays(page_of(*page)));
+            standby.skip(first, pages.len());
+            return 0;
+        };
         let (mut done, mut all_moved) = (0, 0);
         while done < pages.len() {
             let slot = standby.slots.after(first, done);
@@ -215,7 +228,9 @@ impl Share {
             let rest = &pages[done..pages.len().min(done + standby.slots.len() - slot)];
             let run = leading_run(rest);
             let (now, moved) = match region.pages.claim_present(run, &quiet) {
-                Ok(claim) => self.move_leading(region, claim, standby, slot, &mut Writer::Batch(&mut batch)),
+                Ok(claim) => {
+                    self.move_leading(region, claim, standby, slot, &mut Writer::Batch(batch.as_mut()))
+                }
                 Err(state) => {
                     standby.slots.skip(slot);
                     self.forget_absent(region, run.first, state);
@@ -225,8 +240,8 @@ impl Share {
             all_moved += moved;
             done += now;
         }
-        if let Some(dirty) = &self.dirty {
-            self.write_batch(region, dirty, standby, &mut batch);
+        if let (Some(dirty), Some(batch)) = (&self.dirty, &mut batch) {
+            self.write_batch(region, dirty, standby, batch);
         }
         all_moved
     }
@@ -325,7 +340,7 @@ impl Share {
             match self.begins_writing(page) {
                 true => {
                     slots.fill_dirty(slot + step, key);
-                    if let Writer::Batch(batch) = writer {
+                    if let Writer::Batch(Some(batch)) = writer {
                         batch.add(standby, page, slot + step);
                     }
                 }
@@ -344,8 +359,8 @@ impl Share {
     fn not_moved(&self, claim: &mut Claim<'_>, outcome: Outcome) {
         let page = claim.span().first;
         if outcome == Outcome::NotRegistered {
-            // The application has discarded it: it takes no memory.
-            self.uncount(page, Place::Nowhere);
+            // The application has discarded it: it takes no memory, and has no bytes for its source.
+            self.uncount_discarded(page);
             return claim.settle(1, PageState::Absent);
         }
         if outcome != Outcome::Changing {
@@ -370,9 +385,7 @@ impl Share {
         }
         // A page that is swapped out may look absent: it is dropped, so that no uncounted page stays.
         match self.places.get(page) {
-            Place::Resident if self.evictable.discard(page.span()).is_ok() => {
-                self.uncount(page, Place::Nowhere);
-            }
+            Place::Resident if self.evictable.discard(page.span()).is_ok() => self.uncount_discarded(page),
             // It is locked, and leaves later.
             Place::Resident => self.page_stays(page),
             Place::Listed => {
@@ -387,6 +400,14 @@ impl Share {
     /// move of it tells.
     pub(super) fn looks_absent(&self, page: Page, state: PageState) -> bool {
         self.dirty.is_some() && state == PageState::Absent && self.places.get(page) == Place::Resident
+    }
+
+    /// A resident page takes no memory any more, and has no bytes for its source.
+    fn uncount_discarded(&self, page: Page) {
+        if let Some(dirty) = &self.dirty {
+            dirty.unmark(page);
+        }
+        self.uncount(page, Place::Nowhere);
     }
 
     /// A resident page takes no memory any more: `after` is its place.

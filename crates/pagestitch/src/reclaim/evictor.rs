@@ -1,7 +1,7 @@
 //! The thread that evicts pages for signal handlers, in a budget whose written pages go back to their sources.
 //!
 //! A handler writes pages to files, and runs no code of a source. So it asks this thread if a page stays that it must
-//! not write, or whose file has refused it. It waits only while the budget is used up. The thread exists from the first time that a budget has both kinds of regions, one
+//! not write, or whose file has refused it. It waits only while the budget is used up, or nearly all of its pages are dirty. The thread exists from the first time that a budget has both kinds of regions, one
 //! that is served inline and one with write-back, which may be the same; it ends with the budget.
 
 use crate::guard::AbortOnPanic;

@@ -20,6 +20,7 @@ use crate::reclaim::write_back::has_padding;
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, PageState};
 use pagestitch_kernel::arena::Arena;
+use pagestitch_kernel::mapped_buffer::MappedBuffer;
 use pagestitch_kernel::uffd::Arrival;
 use pagestitch_kernel::{Errno, Outcome, Page, Span};
 use std::sync::PoisonError;
@@ -48,20 +49,7 @@ impl Share {
         failed: &mut dyn FnMut(Page, Failure),
     ) {
         let snapshots = dirty.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
-        // A signal handler of this thread may wait for a thread that takes a buffer.
-        let quiet = without_handlers();
-        let buffer = self.state.take_buffer();
-        drop(quiet);
-        let mut buffer = match buffer {
-            Ok(buffer) => buffer,
-            Err(errno) => {
-                dirty
-                    .first_unwritten(span)
-                    .iter()
-                    .for_each(|first| failed(*first, no_buffer(region, *first, errno)));
-                return;
-            }
-        };
+        let mut buffer = self.wait_for_buffer();
         let is_reserved = self.state.try_reserve(BATCH);
         let mut rest = span;
         while let Some(first) = dirty.first_unwritten(rest) {
@@ -73,6 +61,20 @@ impl Share {
         let quiet = without_handlers();
         self.state.keep_buffer(buffer);
         drop(quiet);
+    }
+
+    /// A buffer, after a wait for another thread if the kernel has no memory for one.
+    fn wait_for_buffer(&self) -> MappedBuffer {
+        loop {
+            // A signal handler of this thread may wait for a thread that takes a buffer.
+            let quiet = without_handlers();
+            let taken = self.state.take_buffer();
+            drop(quiet);
+            match taken {
+                Ok(buffer) => return buffer,
+                Err(_) => thread::yield_now(),
+            }
+        }
     }
 
     /// Writes the first pages of a span, of which the first is dirty or being written. Returns the number of
@@ -251,19 +253,6 @@ fn unreadable(region: &Mapping, page: Page, errno: Errno) -> Failure {
     let what = format!(
         "the written page stays dirty, because the kernel cannot read it ({errno}): give it read access; its memory may have an error otherwise"
     );
-    stays_dirty(region, page, what)
-}
-
-/// The failure of a page for whose bytes there is no buffer.
-#[cold]
-fn no_buffer(region: &Mapping, page: Page, errno: Errno) -> Failure {
-    let what = format!(
-        "the written page stays dirty, because the kernel has no memory for its bytes ({errno}): free some"
-    );
-    stays_dirty(region, page, what)
-}
-
-fn stays_dirty(region: &Mapping, page: Page, what: String) -> Failure {
     let offsets = region.page_size().offsets(page.span());
     region.layout.piece_at(offsets.start, offsets.end).failed(FailureReason::Kernel.error(what))
 }

@@ -1,6 +1,7 @@
 //! Pages leave in the signal handler of a thread that needs the room for its own page.
 //!
-//! The handler evicts a few pages before and after its journey, where its small stack is free. The steps are
+//! The handler evicts a few pages before and after its journey, and before it lets a present page be written, where its
+//! small stack is free. The steps are
 //! those of other threads, with less on the stack, and obey the rules of a signal handler:
 //!
 //! * **No lock** that the interrupted thread may hold. The right to choose is only tried for. Each thread

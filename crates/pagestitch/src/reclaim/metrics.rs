@@ -40,7 +40,7 @@ pub struct BudgetMetrics {
     pub kept: u64,
     /// Pages that were filled above the limit, because no page could leave.
     pub overruns: u64,
-    /// The time that threads have taken to free memory before they could fill a page, all of them together.
+    /// The time that threads have taken to free memory before they could fill a page, or write to one, all of them together.
     /// Memory is freed ahead of faults, so much of it tells that pages come faster than others leave: the
     /// pages in use exceed the budget, or their sources are written slowly.
     pub stalled: Duration,

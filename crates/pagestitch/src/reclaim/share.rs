@@ -103,6 +103,9 @@ impl Share {
             .written_back
             .then(|| DirtyPages::new(pages, chunks, BATCH, evicted.tracks_changes, count()));
         let dirty = dirty.transpose().map_err(JoinError::NoMoves)?;
+        if dirty.is_some() {
+            state.store_buffer().map_err(JoinError::NoTable)?;
+        }
         let table_pages = table_pages(&hashed, page);
         let fingerprints = (!hashed.is_empty()).then(|| Fingerprints::new(hashed, page));
         let fingerprints = fingerprints.transpose().map_err(JoinError::NoTable)?;
@@ -469,7 +472,7 @@ fn try_to_free(state: &State, pages: usize) -> bool {
             return true;
         }
         if !has_freed {
-            // The throttle of writers: no page leaves before another one is written.
+            // No page leaves before another one is written.
             state.writes.wait_for_next(steps);
         }
     }

@@ -238,7 +238,12 @@ impl<S: Send + Sync> State<S> {
         self.chooser.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A buffer for a batch of pages.
+    /// Has a buffer in store, so that a thread gets one although the kernel has no memory.
+    pub(super) fn store_buffer(&self) -> Result<(), Errno> {
+        self.take_buffer().map(|buffer| self.keep_buffer(buffer))
+    }
+
+    /// A buffer for a batch of pages. Fails only while other threads have all that there are.
     pub(super) fn take_buffer(&self) -> Result<MappedBuffer, Errno> {
         let kept = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let pages = NonZeroUsize::new(BATCH).expect("a batch has pages");

@@ -21,18 +21,23 @@ impl State {
 
     /// As [`Residence::throttle_in_handler`](crate::space::Residence::throttle_in_handler).
     pub(super) fn throttle_in_handler(&self) {
-        if self.has_too_many_dirty() {
+        if self.has_too_many_dirty() && !self.evict_in_handler() {
+            self.wait_for_an_eviction();
+        }
+    }
+
+    /// Waits for the thread of the budget, if there is one. Not a part of its caller, which needs the stack.
+    #[cold]
+    #[inline(never)]
+    fn wait_for_an_eviction(&self) {
+        if let Some(requests) = self.evictor.requests() {
             let began = Instant::now();
-            if !self.evict_in_handler() {
-                if let Some(requests) = self.evictor.requests() {
-                    requests.ask_and_wait();
-                }
-            }
+            requests.ask_and_wait();
             self.stalled_since(began);
         }
     }
 
-    /// True if a writer of a present page has to wait. Not while a source takes no bytes, because its pages stay.
+    /// True if a writer of a present page has to wait. Not while a source of the budget fails, because its pages stay.
     pub(super) fn has_too_many_dirty(&self) -> bool {
         // Most budgets have no dirty page.
         let dirty = self.writes.dirty_pages();

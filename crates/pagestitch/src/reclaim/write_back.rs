@@ -16,8 +16,8 @@ use std::thread;
 
 /// The way in which dirty pages that have moved to slots are written.
 pub(super) enum Writer<'w, 's> {
-    /// Together, once they are not claimed any more.
-    Batch(&'w mut Batch<'s>),
+    /// Together, once they are not claimed any more. `None` for a region without dirty pages.
+    Batch(Option<&'w mut Batch<'s>>),
     /// At once, in a signal handler.
     Handler(&'w mut HandlerWrites),
 }
@@ -35,19 +35,21 @@ impl Writer<'_, '_> {
 /// Dirty pages that have moved to slots together, with a copy of their bytes.
 pub(super) struct Batch<'s> {
     state: &'s State,
-    /// `None` before the first dirty page.
+    /// `None` in the end.
     buffer: Option<MappedBuffer>,
-    /// The pages, ascending, with their slots.
+    /// The pages, ascending, with their slots; at the end of the array, those whose bytes the kernel does not read.
     pages: [(Page, usize); BATCH],
     /// The number of pages in the buffer.
     filled: usize,
-    /// Pages whose bytes the kernel does not read, or for which it has no buffer.
-    unread: Option<Vec<(Page, usize)>>,
+    unread: usize,
 }
 
 impl<'s> Batch<'s> {
-    pub(super) const fn new(state: &'s State) -> Self {
-        Self { state, buffer: None, pages: [(Page(0), 0); BATCH], filled: 0, unread: None }
+    /// `None` without a buffer.
+    pub(super) fn new(state: &'s State) -> Option<Self> {
+        let buffer = state.take_buffer().ok()?;
+        state.writes.begin();
+        Some(Self { state, buffer: Some(buffer), pages: [(Page(0), 0); BATCH], filled: 0, unread: 0 })
     }
 
     /// Adds a page that is claimed still.
@@ -58,28 +60,24 @@ impl<'s> Batch<'s> {
                 self.filled += 1;
             }
             // A memory error, for example.
-            Err(_) => self.unread.get_or_insert_default().push((page, slot)),
+            Err(_) => {
+                self.unread += 1;
+                self.pages[BATCH - self.unread] = (page, slot);
+            }
         }
     }
 
     /// Copies the bytes of a slot behind those of the pages before.
     fn copy(&mut self, standby: &Standby, slot: usize) -> Result<(), Errno> {
-        let buffer = match &mut self.buffer {
-            Some(buffer) => buffer,
-            empty => {
-                let buffer = self.state.take_buffer()?;
-                self.state.writes.begin();
-                empty.insert(buffer)
-            }
-        };
         let size = PageSize::system().bytes();
+        let buffer = self.buffer.as_mut().expect("a batch has its buffer");
         standby.arena.read(slot, &mut buffer.bytes()[self.filled * size..][..size])
     }
 
-    /// The pages with their slots, and their bytes.
-    fn content(&mut self) -> (&[(Page, usize)], &[u8]) {
-        let bytes = self.buffer.as_mut().map_or(&[][..], |buffer| buffer.bytes());
-        (&self.pages[..self.filled], bytes)
+    /// The pages with their slots, their bytes, and the pages that are not read.
+    fn content(&mut self) -> (&[(Page, usize)], &[u8], &[(Page, usize)]) {
+        let buffer = self.buffer.as_mut().expect("a batch has its buffer");
+        (&self.pages[..self.filled], buffer.bytes(), &self.pages[BATCH - self.unread..])
     }
 }
 
@@ -109,7 +107,7 @@ impl Share {
         standby: &Standby,
         batch: &mut Batch<'_>,
     ) {
-        let (mut rest, mut bytes) = batch.content();
+        let (mut rest, mut bytes, unread) = batch.content();
         while !rest.is_empty() {
             let span = neighbours(rest);
             let (pages, later) = rest.split_at(span.pages);
@@ -130,7 +128,7 @@ impl Share {
             self.end_writing(dirty, span);
             (rest, bytes) = (later, after);
         }
-        for &(page, slot) in batch.unread.iter().flatten() {
+        for &(page, slot) in unread {
             self.put_back(region, dirty, standby, page, slot);
             self.end_writing(dirty, page.span());
         }

@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind};
 use crate::fault::callers::{self, FillingCaller};
 use crate::fault::fill::asked;
 use crate::serve::contract::Attachment;
+use crate::signals::NoSignals;
 use crate::space::page_table::{Claim, PageState};
 use crate::space::{Chunk, Growth, Mapping, Reveal};
 use pagestitch_kernel::Page;
@@ -46,15 +47,16 @@ pub(crate) fn append(
     }
     let bytes = bytes.start..bytes.end.min(place.end);
     let filling = FillingCaller::new(region, page.span());
-    let (mut claim, state) = loop {
-        let claimed = claim(region, server, page)?;
+    let mut last = loop {
+        let last = claim(region, server, page)?;
         // The source is read without a claim, because it may take any time.
-        if claimed.1 != PageState::Present || !first.is_empty() {
-            break claimed;
+        if last.state != PageState::Present || !first.is_empty() {
+            break last;
         }
-        give_back(claimed);
+        last.give_back();
         first = read_first(region, chunk, &place, &bytes)?;
     };
+    let state = last.state;
     let laid = region.lay(chunk, &place);
     if laid.is_ok() {
         if joins && state == PageState::Absent {
@@ -64,7 +66,8 @@ pub(crate) fn append(
         show(region, reveal, first, place.end);
     }
     // Wakes the threads that have touched the page meanwhile.
-    claim.settle(1, state);
+    last.claim.settle(1, state);
+    drop(last);
     drop(filling);
     laid.map(|()| place)
 }
@@ -99,20 +102,36 @@ fn show(region: &Mapping, reveal: Reveal<'_>, first: &[u8], end: u64) {
     region.publish();
 }
 
-/// Claims a page, and returns its state. Waits for the thread that is filling it.
-fn claim<'r>(
-    region: &'r Mapping,
-    server: &dyn Attachment,
-    page: Page,
-) -> Result<(Claim<'r>, PageState), Error> {
+/// The last page, while a chunk joins it.
+struct LastPage<'r> {
+    claim: Claim<'r>,
+    /// The state of the page before the claim.
+    state: PageState,
+    /// A signal handler that touched the page would fill it without the chunk, because its thread has the claim.
+    /// Dropped after the claim.
+    _quiet: NoSignals,
+}
+
+impl LastPage<'_> {
+    fn give_back(mut self) {
+        self.claim.settle(1, self.state);
+    }
+}
+
+/// Claims a page. Waits for the thread that is filling it.
+fn claim<'r>(region: &'r Mapping, server: &dyn Attachment, page: Page) -> Result<LastPage<'r>, Error> {
     loop {
         let state = region.pages.state(page);
         if state.is_claimed() {
             wait(region, page)?;
-        } else if let Ok(claim) = region.pages.claim_from(page, state, region) {
+            continue;
+        }
+        let quiet = NoSignals::until_dropped();
+        if let Ok(claim) = region.pages.claim_from(page, state, region) {
             let waits_for_itself = server.may_be_caller() && state == PageState::Present;
             let is_gone = waits_for_itself && is_discarded(region, page);
-            return Ok((claim, if is_gone { PageState::Absent } else { state }));
+            let state = if is_gone { PageState::Absent } else { state };
+            return Ok(LastPage { claim, state, _quiet: quiet });
         }
     }
 }
@@ -136,10 +155,6 @@ fn wait(region: &Mapping, page: Page) -> Result<(), Error> {
     }
     region.pages.wait_while_filling(page);
     Ok(())
-}
-
-fn give_back((mut claim, state): (Claim<'_>, PageState)) {
-    claim.settle(1, state);
 }
 
 /// Reads the bytes of padding and a chunk in a range of offsets.

@@ -298,9 +298,12 @@ unsafe impl FaultHandler for Handler {
         // No gate guard: the thread that takes the registration back waits for the handlers that
         // run.
         let Some(page) = self.region.target.page_at(address) else { return false };
-        if touch == Touch::Denied && lets_write(&self.region, page) {
-            self.region.counters.local().faults.add(1);
-            return true;
+        if touch == Touch::Denied {
+            throttle(&self.region);
+            if lets_write(&self.region, page) {
+                self.region.counters.local().faults.add(1);
+                return true;
+            }
         }
         free_page(&self.region);
         let mut outcome = serve(self, page, touch);
@@ -324,10 +327,14 @@ unsafe impl FaultHandler for Handler {
 /// True if a page may be written from now on. Not a part of its callers, for the sake of the stack.
 #[inline(never)]
 fn lets_write(region: &Mapping, page: Page) -> bool {
+    let_write(region, page.span()).is_ok()
+}
+
+/// Has pages go back to their sources, if nearly all of the budget are dirty.
+fn throttle(region: &Mapping) {
     if let Some(residence) = &region.residence {
         residence.throttle_in_handler();
     }
-    let_write(region, page.span()).is_ok()
 }
 
 /// Frees memory for a page if the budget of the region is used up.

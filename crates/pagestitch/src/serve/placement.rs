@@ -59,7 +59,7 @@ use std::fs;
 ///
 /// A single thread that touches pages of all shards at random meets many idle CPUs: build such a region
 /// with [`shards(1)`](crate::Builder::shards). On 64 CPUs the default has 32 workers on every other CPU,
-/// because 16 saturate the kernel's own fault path.
+/// because 16 saturate the kernel's own fault path: this is reasoned, and not measured.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Placement {
