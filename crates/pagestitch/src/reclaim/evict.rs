@@ -14,6 +14,7 @@ use pagestitch_kernel::sync::MutexGuard;
 use pagestitch_kernel::sync::atomic::Ordering;
 use pagestitch_kernel::{Outcome, Page, Span};
 use std::sync::Arc;
+use std::thread;
 
 impl State {
     /// Moves a batch of pages to the standby list, and empties slots for the next batch; or drops the batch; or
@@ -219,6 +220,7 @@ impl Share {
             // Another thread has the last buffer, and the kernel has no memory for one.
             pages.iter().for_each(|page| self.page_stays(page_of(*page)));
             standby.skip(first, pages.len());
+            thread::yield_now();
             return 0;
         };
         let (mut done, mut all_moved) = (0, 0);

@@ -48,12 +48,14 @@ impl<'s> Batch<'s> {
     /// `None` without a buffer.
     pub(super) fn new(state: &'s State) -> Option<Self> {
         let buffer = state.take_buffer().ok()?;
-        state.writes.begin();
         Some(Self { state, buffer: Some(buffer), pages: [(Page(0), 0); BATCH], filled: 0, unread: 0 })
     }
 
     /// Adds a page that is claimed still.
     pub(super) fn add(&mut self, standby: &Standby, page: Page, slot: usize) {
+        if self.is_empty() {
+            self.state.writes.begin();
+        }
         match self.copy(standby, slot) {
             Ok(()) => {
                 self.pages[self.filled] = (page, slot);
@@ -74,10 +76,14 @@ impl<'s> Batch<'s> {
         standby.arena.read(slot, &mut buffer.bytes()[self.filled * size..][..size])
     }
 
-    /// The pages with their slots, their bytes, and the pages that are not read.
-    fn content(&mut self) -> (&[(Page, usize)], &[u8], &[(Page, usize)]) {
+    const fn is_empty(&self) -> bool {
+        self.filled + self.unread == 0
+    }
+
+    fn content(&mut self) -> Content<'_> {
         let buffer = self.buffer.as_mut().expect("a batch has its buffer");
-        (&self.pages[..self.filled], buffer.bytes(), &self.pages[BATCH - self.unread..])
+        let unread = &self.pages[BATCH - self.unread..];
+        Content { pages: &self.pages[..self.filled], bytes: buffer.bytes(), unread }
     }
 }
 
@@ -85,9 +91,20 @@ impl Drop for Batch<'_> {
     fn drop(&mut self) {
         if let Some(buffer) = self.buffer.take() {
             self.state.keep_buffer(buffer);
+        }
+        if !self.is_empty() {
             self.state.writes.end();
         }
     }
+}
+
+/// The pages of a batch.
+struct Content<'b> {
+    /// Those that are read, with their slots.
+    pages: &'b [(Page, usize)],
+    bytes: &'b [u8],
+    /// The others.
+    unread: &'b [(Page, usize)],
 }
 
 /// The first pages that follow each other.
@@ -107,7 +124,7 @@ impl Share {
         standby: &Standby,
         batch: &mut Batch<'_>,
     ) {
-        let (mut rest, mut bytes, unread) = batch.content();
+        let Content { pages: mut rest, mut bytes, unread } = batch.content();
         while !rest.is_empty() {
             let span = neighbours(rest);
             let (pages, later) = rest.split_at(span.pages);
