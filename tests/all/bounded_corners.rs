@@ -437,6 +437,39 @@ fn a_page_that_a_signal_handler_brings_back_is_counted_once() {
     end.expect_pass();
 }
 
+/// The thread has the claim of the page for a moment, while it lets the page be written.
+#[test]
+fn a_signal_handler_writes_to_a_page_that_its_thread_writes_to() {
+    static ADDRESS: AtomicUsize = AtomicUsize::new(0);
+    #[expect(unsafe_code, reason = "a signal handler writes through a pointer")]
+    extern "C" fn handler(_: i32) {
+        let word = std::ptr::with_exposed_provenance_mut(ADDRESS.load(Ordering::SeqCst));
+        // SAFETY: a word of the region, which is accessed by atomics only.
+        unsafe { AtomicU64::from_ptr(word) }.fetch_add(1, Ordering::SeqCst);
+        storm::ended();
+    }
+    if moves_no_pages() {
+        return;
+    }
+    let end = child::run(this_test!(), || {
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let region = bounded(&budget, Chunk::writable(Disk::of(vec![0; PAGE])), 1);
+        ADDRESS.store(word(&region, 0).as_ptr().expose_provenance(), Ordering::SeqCst);
+        handle_user_signal(handler);
+        in_a_storm(|| {
+            for _ in 0..rounds(5_000) {
+                // The page is protected again.
+                region.flush(..).unwrap();
+                region.write_at(8, &[7; 8]).unwrap();
+            }
+        });
+        let mut seen = [0; 8];
+        region.read_at(8, &mut seen).unwrap();
+        assert_eq!(seen, [7; 8]);
+    });
+    end.expect_pass();
+}
+
 /// True if the kernel has a page in memory: of a file in place, in the page cache.
 #[expect(unsafe_code, reason = "mincore")]
 pub(crate) fn is_in_memory(region: &SharedRegion, page: usize) -> bool {

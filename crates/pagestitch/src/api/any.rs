@@ -9,6 +9,7 @@ use crate::policy::{FillRate, RateLimit, Recording};
 use crate::serve::Served;
 use crate::serve::fork::block_forks;
 use crate::serve::{Attachment, fill_rest};
+use crate::signals::NoSignals;
 use crate::space::{Layout, Plan, Target};
 use pagestitch_kernel::Span;
 use pagestitch_kernel::page::HUGE;
@@ -579,8 +580,11 @@ impl AnyRegion {
         let mut rest = self.served.page_size().covering(range);
         while self.served.written_back().is_some() && !rest.is_empty() {
             self.served.residence.iter().for_each(|residence| residence.throttle());
+            // A signal handler that writes to one of the pages would wait for the claim of its own thread.
+            let quiet = NoSignals::until_dropped();
             // A page that has left is let be written by its fault.
             let pages = let_write(&self.served, rest.prefix(LET_AT_ONCE)).unwrap_or(1);
+            drop(quiet);
             rest = rest.without_prefix(pages);
         }
     }
