@@ -98,33 +98,39 @@ fn chunks_follow_a_source_that_is_mapped_in_place() {
     }
 }
 
+/// Appends bytes to an empty region while threads read it. `next` tells the length of a part from that of the part before.
+pub(crate) fn append_beside_readers(log: &Region, bytes: &[u8], next: fn(usize) -> usize) {
+    let done = AtomicBool::new(false);
+    scope(|scope| {
+        for reader in 0..3 {
+            let done = &done;
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    let seen = log.as_slice();
+                    // One reads all, one the last bytes, one the second half.
+                    let start = [0, seen.len().saturating_sub(100), seen.len() / 2][reader];
+                    assert!(seen[start..] == bytes[start..seen.len()], "from {start} of {}", seen.len());
+                    let last = log.chunk_count().checked_sub(1).and_then(|chunk| log.chunk_range(chunk));
+                    assert!(last.is_none_or(|last| last.end as usize <= log.len()));
+                }
+            });
+        }
+        let (mut at, mut part) = (0, 1);
+        while at < bytes.len() {
+            part = next(part);
+            let end = bytes.len().min(at + part);
+            assert_eq!(log.append(bytes[at..end].to_vec()).unwrap(), at..end);
+            at = end;
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(log.as_slice() == bytes);
+}
+
 #[test]
 fn readers_see_each_byte_right_while_chunks_are_appended() {
     for server in servers() {
-        let (bytes, log, done) = (pattern(4, 4 << 20), log(&server), AtomicBool::new(false));
-        scope(|scope| {
-            for reader in 0..3 {
-                let (bytes, log, done) = (&bytes, &log, &done);
-                scope.spawn(move || {
-                    while !done.load(Ordering::Relaxed) {
-                        let seen = log.as_slice();
-                        // One reads all, one the last bytes, one a chunk at a time.
-                        let start = [0, seen.len().saturating_sub(100), seen.len() / 2][reader];
-                        assert!(seen[start..] == bytes[start..seen.len()], "from {start} of {}", seen.len());
-                        let last = log.chunk_count().checked_sub(1).and_then(|chunk| log.chunk_range(chunk));
-                        assert!(last.is_none_or(|last| last.end as usize <= log.len()));
-                    }
-                });
-            }
-            let (mut at, mut part) = (0, 1);
-            while at < bytes.len() {
-                part = (part * 7 + 13) % 20_000 + 1;
-                let end = bytes.len().min(at + part);
-                at = log.append(bytes[at..end].to_vec()).unwrap().end;
-            }
-            done.store(true, Ordering::Relaxed);
-        });
-        assert!(log.as_slice() == bytes);
+        append_beside_readers(&log(&server), &pattern(4, 4 << 20), |part| (part * 7 + 13) % 20_000 + 1);
     }
 }
 

@@ -2,6 +2,7 @@
 //! that are appended to it meanwhile.
 
 use crate::bounded_writes::{BUDGET, PAGES, pool};
+use crate::growth::append_beside_readers;
 use crate::inline_files::file_of;
 use crate::machine::rounds;
 use crate::{PAGE, SetOnDrop, discard, handle, pattern, touch};
@@ -29,29 +30,7 @@ fn readers_of_a_log_longer_than_its_budget_see_each_byte_right() {
     let bytes = pattern(1, PAGES * PAGE);
     for server in servers() {
         let budget = Budget::bytes(BUDGET).unwrap();
-        let (log, done) = (log(&budget, &server), AtomicBool::new(false));
-        scope(|scope| {
-            for reader in 0..3 {
-                let (bytes, log, done) = (&bytes, &log, &done);
-                scope.spawn(move || {
-                    while !done.load(Ordering::Relaxed) {
-                        let seen = log.as_slice();
-                        // One reads all, one the last bytes, one the second half.
-                        let start = [0, seen.len().saturating_sub(100), seen.len() / 2][reader];
-                        assert!(seen[start..] == bytes[start..seen.len()], "from {start} of {}", seen.len());
-                    }
-                });
-            }
-            let (mut at, mut part) = (0, 1);
-            while at < bytes.len() {
-                part = (part * 7 % (50 * PAGE + 7)).max(1);
-                let end = (at + part).min(bytes.len());
-                assert_eq!(log.append(bytes[at..end].to_vec()).unwrap(), at..end);
-                at = end;
-            }
-            done.store(true, Ordering::Relaxed);
-        });
-        assert!(log.as_slice() == bytes);
+        append_beside_readers(&log(&budget, &server), &bytes, |part| (part * 7 % (50 * PAGE + 7)).max(1));
         assert!(budget.evictions() > 1_000 && budget.resident_bytes() <= BUDGET, "{:?}", budget.metrics());
     }
 }

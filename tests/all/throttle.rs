@@ -1,6 +1,6 @@
 //! A write to a page in memory waits where nearly all pages of the budget are dirty: some go back to their sources.
 
-use crate::bounded_writes::{BUDGET, Disk, PAGES, builder, moves_no_pages, pool, word};
+use crate::bounded_writes::{BUDGET, Disk, PAGES, bounded, builder, moves_no_pages, pool, word};
 use crate::inline_writes::file;
 use crate::{PAGE, discard};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -33,8 +33,7 @@ fn a_writer_waits_for_the_worker_that_writes_pages_back() {
         return;
     }
     let budget = Budget::bytes(BUDGET).unwrap();
-    let region =
-        builder(&budget, Chunk::writable(Disk::of(vec![0; FEW * PAGE]))).build_shared(&pool(1)).unwrap();
+    let region = bounded(&budget, Chunk::writable(Disk::of(vec![0; FEW * PAGE])), 1);
     all_pages_cannot_be_dirty(&budget, &region);
 }
 
@@ -57,7 +56,7 @@ fn a_signal_handler_waits_for_the_thread_that_calls_a_source() {
     const HALF: usize = FEW / 2;
     let budget = Budget::bytes(BUDGET).unwrap();
     let disk = Disk::of(vec![0; HALF * PAGE]);
-    let served = builder(&budget, Chunk::writable(Arc::clone(&disk) as _)).build_shared(&pool(1)).unwrap();
+    let served = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
     (0..HALF).for_each(|page| word(&served, page).store(page as u64 + 1, Ordering::Relaxed));
     let region = builder(&budget, file(&vec![0; HALF * PAGE]).1).build_shared(Inline).unwrap();
     assert!((0..HALF).all(|page| word(&region, page).load(Ordering::Relaxed) == 0));
@@ -80,7 +79,7 @@ fn a_source_that_takes_no_bytes_holds_up_no_writer() {
     let budget = Budget::bytes(BUDGET).unwrap();
     let disk = Disk::of(vec![0; FEW * PAGE]);
     disk.fail_from(0, nix::libc::EIO);
-    let region = builder(&budget, Chunk::writable(disk)).build_shared(&pool(1)).unwrap();
+    let region = bounded(&budget, Chunk::writable(disk), 1);
     assert!((0..FEW).all(|page| word(&region, page).load(Ordering::Relaxed) == 0));
     (0..FEW).for_each(|page| word(&region, page).store(page as u64 + 1, Ordering::Relaxed));
     assert_eq!((budget.metrics().dirty_bytes, budget.metrics().write_backs), ((FEW * PAGE) as u64, 0));
@@ -93,8 +92,7 @@ fn a_write_at_of_many_pages_waits_in_between() {
         return;
     }
     let budget = Budget::bytes(BUDGET).unwrap();
-    let region =
-        builder(&budget, Chunk::writable(Disk::of(vec![0; FEW * PAGE]))).build_shared(&pool(1)).unwrap();
+    let region = bounded(&budget, Chunk::writable(Disk::of(vec![0; FEW * PAGE])), 1);
     region.populate(..).unwrap();
     region.write_at(0, &vec![1; FEW * PAGE]).unwrap();
     assert!(budget.metrics().dirty_bytes <= DIRTY_MAX, "{:?}", budget.metrics());

@@ -33,7 +33,8 @@ impl MappedBuffer {
     ///
     /// If the pages have more bytes than there are addresses.
     pub fn new(pages: NonZeroUsize) -> Result<Self, Errno> {
-        let page = NonZeroUsize::new(PageSize::system().bytes()).expect("a page has bytes");
+        let page = NonZeroUsize::new(PageSize::system().bytes())
+            .expect("a page has bytes, because its size is a power of two");
         let bytes = pages.checked_mul(page).expect("a buffer has fewer bytes than there are addresses");
         OwnedMapping::new(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE).map(Self)
     }

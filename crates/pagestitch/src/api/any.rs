@@ -656,5 +656,5 @@ impl Drop for AnyRegion {
     }
 }
 
-/// A call that writes to more pages lets so many be written at once, because some may have to go back in between.
+/// The pages that a call lets be written at once. Others may have to go back to their sources before the next ones.
 const LET_AT_ONCE: usize = 64;

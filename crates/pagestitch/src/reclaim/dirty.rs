@@ -174,7 +174,9 @@ impl ChangedPages for DirtyPages {
 /// The number of dirty pages of a region, which is a part of the number of its budget.
 #[derive(Debug)]
 pub(super) struct DirtyCount {
+    /// The number of the region.
     own: AtomicUsize,
+    /// That of all regions of the budget.
     all: Arc<AtomicUsize>,
 }
 
@@ -326,13 +328,13 @@ pub(super) struct Writes {
     failing: AtomicUsize,
     /// The number of regions whose pages are written back.
     pub(super) regions: AtomicUsize,
-    /// The number of dirty pages in regions.
+    /// The number of dirty pages in all regions.
     dirty: Arc<AtomicUsize>,
 }
 
 impl Writes {
-    /// The dirty pages of a further region, none yet.
-    pub(super) fn count(&self) -> DirtyCount {
+    /// A count for a further region, which has no dirty page yet.
+    pub(super) fn count_of_region(&self) -> DirtyCount {
         DirtyCount { own: AtomicUsize::new(0), all: Arc::clone(&self.dirty) }
     }
 

@@ -98,10 +98,10 @@ impl Share {
         let (page, pages) = (evictable.reservation().page_size(), evictable.reservation().pages());
         let places = Places::new(pages).map(Arc::new).map_err(JoinError::NoTable)?;
         let pins = Pins::new(pages).map_err(JoinError::NoTable)?;
-        let count = || state.writes.count();
+        let count = state.writes.count_of_region();
         let dirty = evicted
             .written_back
-            .then(|| DirtyPages::new(pages, chunks, BATCH, evicted.tracks_changes, count()));
+            .then(|| DirtyPages::new(pages, chunks, BATCH, evicted.tracks_changes, count));
         let dirty = dirty.transpose().map_err(JoinError::NoMoves)?;
         if dirty.is_some() {
             state.store_buffer().map_err(JoinError::NoTable)?;

@@ -245,9 +245,9 @@ impl<S: Send + Sync> State<S> {
 
     /// A buffer for a batch of pages. Fails only while other threads have all that there are.
     pub(super) fn take_buffer(&self) -> Result<MappedBuffer, Errno> {
+        const PAGES: NonZeroUsize = NonZeroUsize::new(BATCH).expect("a batch has pages");
         let kept = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let pages = NonZeroUsize::new(BATCH).expect("a batch has pages");
-        kept.map_or_else(|| MappedBuffer::new(pages), Ok)
+        kept.map_or_else(|| MappedBuffer::new(PAGES), Ok)
     }
 
     /// Keeps a buffer for later batches.

@@ -35,12 +35,13 @@ impl Writer<'_, '_> {
 /// Dirty pages that have moved to slots together, with a copy of their bytes.
 pub(super) struct Batch<'s> {
     state: &'s State,
-    /// `None` in the end.
+    /// Invariant: present until the drop, which gives it back.
     buffer: Option<MappedBuffer>,
     /// The pages, ascending, with their slots; at the end of the array, those whose bytes the kernel does not read.
     pages: [(Page, usize); BATCH],
     /// The number of pages in the buffer.
     filled: usize,
+    /// The number of pages that are not read.
     unread: usize,
 }
 
@@ -72,7 +73,7 @@ impl<'s> Batch<'s> {
     /// Copies the bytes of a slot behind those of the pages before.
     fn copy(&mut self, standby: &Standby, slot: usize) -> Result<(), Errno> {
         let size = PageSize::system().bytes();
-        let buffer = self.buffer.as_mut().expect("a batch has its buffer");
+        let buffer = self.buffer.as_mut().expect("a batch has its buffer until its drop");
         standby.arena.read(slot, &mut buffer.bytes()[self.filled * size..][..size])
     }
 
@@ -80,8 +81,9 @@ impl<'s> Batch<'s> {
         self.filled + self.unread == 0
     }
 
+    /// Its pages, and their bytes.
     fn content(&mut self) -> Content<'_> {
-        let buffer = self.buffer.as_mut().expect("a batch has its buffer");
+        let buffer = self.buffer.as_mut().expect("a batch has its buffer until its drop");
         let unread = &self.pages[BATCH - self.unread..];
         Content { pages: &self.pages[..self.filled], bytes: buffer.bytes(), unread }
     }
