@@ -159,7 +159,7 @@
 //! | `guest_memory` | the memory of a guest for rust-vmm, with a vhost-user back end |
 //! | `prometheus`, `hung_fault` | numbers for a dashboard; a process to debug |
 
-// Four exceptions: the promise that the fault path may run in a signal handler (`serve/inline`), the
+// Four exceptions: the promise that the fault path may run in a signal handler (`serve/in_handler`), the
 // promises of the caller that a file or a source does not change (`source/immutable`, `source/stable`), and
 // the promise that a page that has left comes back with the same bytes (`reclaim/promise`).
 #![deny(unsafe_code)]

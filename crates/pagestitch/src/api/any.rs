@@ -42,6 +42,11 @@ pub struct AnyRegion {
 }
 
 impl AnyRegion {
+    #[cfg(all(test, not(shuttle)))]
+    pub(crate) const fn served(&self) -> &Arc<Served> {
+        &self.served
+    }
+
     /// The name given to the builder, for errors, logs and plans.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -4,8 +4,6 @@ use crate::api::refused::refused;
 use crate::api::{AnyRegion, Changes};
 use crate::error::Error;
 use crate::metrics::Metrics;
-#[cfg(all(test, not(shuttle)))]
-use crate::serve::Served;
 use pagestitch_kernel::{Errno, StableView};
 use std::fmt;
 use std::fs::File;
@@ -112,11 +110,6 @@ pub struct Region {
 }
 
 impl Region {
-    #[cfg(all(test, not(shuttle)))]
-    pub(crate) const fn served(&self) -> &std::sync::Arc<Served> {
-        &self.any.served
-    }
-
     pub(super) fn new(mut view: StableView, any: AnyRegion) -> Self {
         let has_files = any.served.layout.has_immutable_files();
         // So that a touch reads no other memory of the region's before its byte.

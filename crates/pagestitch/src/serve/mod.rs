@@ -24,7 +24,8 @@
 //! | `slow_admission` | limits the workers that slow regions occupy together |
 //! | `timers` | tasks to do after a pause |
 //! | `weak_handle` | the weak handle that a server keeps of a region |
-//! | `inline` | the same steps in the thread that takes the fault |
+//! | `inline` | a server without threads: the thread that takes a fault serves it |
+//! | `in_handler` | the same steps in the signal handler of that thread |
 //! | `manual` | the same steps in the caller's own loop |
 //! | `eager` | a server without faults: the build fills the region |
 //! | `best` | a pool, or `eager` where userfaultfd is missing |
@@ -47,6 +48,7 @@ mod end_service;
 mod events;
 mod fetch_semaphore;
 pub(crate) mod fork;
+mod in_handler;
 mod inline;
 mod latency_estimate;
 mod manual;
