@@ -11,11 +11,11 @@
 //! | `LRU` | each touch |
 
 use pagestitch_bench::simulated::PerfectBits;
-use replacement::{PageKey, Replacement, S3Fifo};
+use replacement::{Fifo, PageKey, ReplacementPolicy, S3Fifo};
 use sampling::Sampling;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
-#[expect(dead_code, reason = "the benchmark calls a part of the library's own file")]
+#[expect(dead_code, unreachable_pub, reason = "the benchmark calls a part of the library's own file")]
 #[path = "../crates/pagestitch/src/policy/replacement.rs"]
 mod replacement;
 #[cfg_attr(test, expect(dead_code, reason = "the benchmark has no unit tests"))]
@@ -33,7 +33,7 @@ fn main() {
         let caches: [(&str, Box<dyn Cache>); 5] = [
             ("S3-FIFO", Box::new(Standby::new(policy(), Some(Sampling::new(WAITING))))),
             ("S3-FIFO, all", Box::new(Standby::new(policy(), None))),
-            ("FIFO", Box::new(Standby::new(Fifo::default(), None))),
+            ("FIFO", Box::new(Standby::new(Fifo::new(2 * MEMORY), None))),
             ("S3-FIFO, bits", Box::new(PerfectBits::new(MEMORY))),
             ("LRU", Box::new(Lru::default())),
         ];
@@ -97,7 +97,7 @@ struct Standby<P> {
     returned: u64,
 }
 
-impl<P: Replacement> Standby<P> {
+impl<P: ReplacementPolicy> Standby<P> {
     fn new(policy: P, sampling: Option<Sampling>) -> Self {
         let (resident, queue, waiting) = (HashSet::new(), VecDeque::new(), HashSet::new());
         Self { policy, resident, queue, waiting, sampling, batch: (0, true), returned: 0 }
@@ -115,7 +115,7 @@ impl<P: Replacement> Standby<P> {
     }
 }
 
-impl<P: Replacement> Cache for Standby<P> {
+impl<P: ReplacementPolicy> Cache for Standby<P> {
     fn touch(&mut self, page: PageKey) -> Touched {
         if self.resident.contains(&page) {
             return Touched::Resident;
@@ -145,24 +145,6 @@ impl<P: Replacement> Cache for Standby<P> {
         }
         if returned { Touched::Standby } else { Touched::Missing }
     }
-}
-
-/// First in, first out.
-#[derive(Debug, Default)]
-struct Fifo(VecDeque<PageKey>);
-
-impl Replacement for Fifo {
-    fn admit(&mut self, page: PageKey, _returned: bool) {
-        self.0.push_back(page);
-    }
-
-    fn victim(&mut self) -> Option<PageKey> {
-        self.0.pop_front()
-    }
-
-    fn dropped(&mut self, _page: PageKey) {}
-
-    fn forget(&mut self, _is_gone: &dyn Fn(PageKey) -> bool) {}
 }
 
 impl Cache for PerfectBits {

@@ -6,7 +6,7 @@ use crate::machine::rounds;
 use crate::waits::until;
 use crate::{PAGE, discard};
 use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, OnFailure, Pool, Region, Server};
-use pagestitch::{Readahead, SharedRegion, Source};
+use pagestitch::{Readahead, Replacement, SharedRegion, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::this_test;
@@ -72,6 +72,30 @@ fn several_workers_evict_at_once() {
 fn signal_handlers_evict_at_once() {
     read_at_random(Inline, 1);
     read_at_random(Inline, 4);
+}
+
+#[test]
+fn a_long_scan_displaces_pages_that_came_twice_in_the_order_of_their_coming_alone() {
+    for replacement in [Replacement::S3Fifo, Replacement::Fifo] {
+        let budget = Budget::bytes(BUDGET).unwrap().with_replacement(replacement).unwrap();
+        let region = Region::builder().chunk(words(32 << 20)).readahead(Readahead::None).budget(&budget);
+        let region = region.build(&pool(1)).unwrap();
+        let pages = BUDGET as usize / PAGE;
+        let touch = |page: usize| assert_ne!(region.as_slice()[page * PAGE + 8], 0, "page {page}");
+        let hot = || (0..100).for_each(touch);
+        hot();
+        (100..2 * pages).for_each(touch);
+        hot();
+        (2 * pages..4 * pages).for_each(touch);
+        let before = budget.metrics();
+        hot();
+        let after = budget.metrics();
+        let again = after.refaults + after.soft_faults - before.refaults - before.soft_faults;
+        match replacement {
+            Replacement::Fifo => assert!(again > 90, "{again} of 100 pages came again"),
+            _ => assert!(again < 10, "{again} of 100 pages came again"),
+        }
+    }
 }
 
 #[test]

@@ -193,7 +193,7 @@ pub use pagestitch_kernel::limits::Limit;
 pub use pagestitch_kernel::process::Process;
 pub use pagestitch_kernel::uffd::OwnMemory;
 pub use pagestitch_kernel::{Access, Errno, View};
-pub use policy::{FillRate, OnFailure, Readahead, Recording};
+pub use policy::{FillRate, OnFailure, Readahead, Recording, Replacement};
 pub use reclaim::{Budget, BudgetMetrics};
 pub use retry::Retry;
 pub use serve::{

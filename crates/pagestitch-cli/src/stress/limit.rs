@@ -3,7 +3,7 @@
 use super::context::Failure;
 use super::tally::Tally;
 use fastrand::Rng;
-use pagestitch::{Budget, Error, ErrorKind};
+use pagestitch::{Budget, Error, ErrorKind, Replacement};
 use std::thread;
 
 /// A budget that is small enough to be used up, and large enough for the server of a round.
@@ -11,7 +11,8 @@ pub(super) fn random(rng: &mut Rng) -> Result<Budget, Error> {
     let threads = thread::available_parallelism().map_or(1, usize::from).max(5);
     let blocks = if rng.u8(..32) == 0 { 64 << 20 } else { 0 };
     let bytes = (4 << 20) + (threads as u64 + 1) * (1 << 19) + rng.u64(..1 << 20) + blocks;
-    Budget::bytes(bytes)
+    let replacement = if rng.bool() { Replacement::S3Fifo } else { Replacement::Fifo };
+    Budget::bytes(bytes)?.with_replacement(replacement)
 }
 
 /// Checks the counts of a budget while regions use it.

@@ -27,7 +27,8 @@ pub use readahead::Readahead;
 use readahead::Streams;
 pub use recording::Recording;
 pub(crate) use recording::{Replay, TouchRecorder};
-pub(crate) use replacement::{PageKey, Replacement, S3Fifo};
+pub use replacement::Replacement;
+pub(crate) use replacement::{PageKey, ReplacementPolicy};
 
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, Page, PageSize, Span};

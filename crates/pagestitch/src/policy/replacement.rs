@@ -18,9 +18,33 @@ use std::fmt;
 /// A page of a region, as the policy sees it: a number.
 pub(crate) type PageKey = u64;
 
+/// The order in which pages of a [`Budget`](crate::Budget) leave: see
+/// [`with_replacement`](crate::Budget::with_replacement).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Replacement {
+    /// Pages that were touched once leave before those that were touched again while they were on the standby
+    /// list, or soon after. See Yang and others, *FIFO queues are all you need for cache eviction*, SOSP 2023.
+    #[default]
+    S3Fifo,
+    /// Pages leave in the order in which they have come. The measure for other orders, and the right one if no
+    /// page is used more than others.
+    Fifo,
+}
+
+impl Replacement {
+    /// With room for so many pages.
+    pub(crate) fn policy(self, pages: usize) -> Box<dyn ReplacementPolicy> {
+        match self {
+            Self::S3Fifo => Box::new(S3Fifo::new(pages)),
+            Self::Fifo => Box::new(Fifo::new(pages)),
+        }
+    }
+}
+
 /// Decides which page leaves next. Each page is admitted once until it is chosen. A policy allocates
 /// nothing after its creation, because a signal handler may call it.
-pub(crate) trait Replacement: fmt::Debug + Send {
+pub(crate) trait ReplacementPolicy: fmt::Debug + Send {
     /// A page has come: from its source, or back from the standby list (`returned`).
     fn admit(&mut self, page: PageKey, returned: bool);
 
@@ -34,14 +58,12 @@ pub(crate) trait Replacement: fmt::Debug + Send {
     fn forget(&mut self, is_gone: &dyn Fn(PageKey) -> bool);
 }
 
-/// Pages leave in the order in which they have come: the measure for the other policies.
-#[cfg(all(test, not(shuttle)))]
+/// Pages leave in the order in which they have come.
 #[derive(Debug)]
 pub(crate) struct Fifo {
     queue: VecDeque<PageKey>,
 }
 
-#[cfg(all(test, not(shuttle)))]
 impl Fifo {
     /// Room for so many pages.
     pub(crate) fn new(pages: usize) -> Self {
@@ -49,8 +71,7 @@ impl Fifo {
     }
 }
 
-#[cfg(all(test, not(shuttle)))]
-impl Replacement for Fifo {
+impl ReplacementPolicy for Fifo {
     fn admit(&mut self, page: PageKey, _returned: bool) {
         push(&mut self.queue, page);
     }
@@ -91,7 +112,7 @@ impl S3Fifo {
     }
 }
 
-impl Replacement for S3Fifo {
+impl ReplacementPolicy for S3Fifo {
     fn admit(&mut self, page: PageKey, returned: bool) {
         let is_used_again = returned || self.ghosts.take(page);
         push(if is_used_again { &mut self.main } else { &mut self.small }, page);
@@ -197,14 +218,14 @@ mod tests {
 
     /// A cache of some pages, of which the last ones wait in standby, as a budget has it.
     struct Cache {
-        policy: Box<dyn Replacement>,
+        policy: Box<dyn ReplacementPolicy>,
         resident: HashSet<PageKey>,
         standby: VecDeque<PageKey>,
         returned: usize,
     }
 
     impl Cache {
-        fn new(policy: impl Replacement + 'static) -> Self {
+        fn new(policy: impl ReplacementPolicy + 'static) -> Self {
             Self { policy: Box::new(policy), resident: HashSet::new(), standby: VecDeque::new(), returned: 0 }
         }
 

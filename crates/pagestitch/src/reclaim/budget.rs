@@ -1,7 +1,7 @@
 //! The public handle to a budget.
 
 use crate::error::{BuildOption, Bytes, Error, ErrorKind};
-use crate::policy::S3Fifo;
+use crate::policy::Replacement;
 use crate::reclaim::blocks::{BLOCK_PAGES, ahead_max};
 use crate::reclaim::fingerprints::unstable_pages;
 use crate::reclaim::metrics::BudgetMetrics;
@@ -40,7 +40,7 @@ use std::time::Duration;
 ///   first, without standby, and displace no other page, except for an eighth of the budget.
 /// * **Which pages leave**: pages that were touched once, before those that were touched again while they
 ///   were on the standby list, or soon after (S3-FIFO). So one pass over a long region does not displace
-///   the pages in use.
+///   the pages in use. [`with_replacement`](Self::with_replacement) chooses another order.
 /// * **Pages that cannot leave**, because they are locked (`mlock(2)`) or pinned by a device, stay. If
 ///   there is nothing else to evict, the regions exceed the budget, and
 ///   [`overruns`](Self::overruns) counts the pages.
@@ -110,7 +110,8 @@ impl Budget {
         let slots =
             NonZeroUsize::new((limit / STANDBY_SHARE).min(SLOTS_MAX)).expect("a budget has its least size");
         let standby = standby(slots)?;
-        let state = State::new(limit, standby, Box::new(S3Fifo::new(room_for(limit)))).map_err(no_tables)?;
+        let state =
+            State::new(limit, standby, Replacement::default().policy(room_for(limit))).map_err(no_tables)?;
         Ok(Self { state: Arc::new(state) })
     }
 
@@ -159,6 +160,26 @@ impl Budget {
                 refused(ErrorKind::Unsupported, what.to_owned())
             }
         }
+    }
+
+    /// Has pages leave in another order: call it before the budget has regions with pages in memory.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidOption`] if pages of the budget are in memory.
+    ///
+    /// ```
+    /// use pagestitch::{Budget, Replacement};
+    ///
+    /// let budget = Budget::bytes(64 << 20)?.with_replacement(Replacement::Fifo)?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn with_replacement(self, replacement: Replacement) -> Result<Self, Error> {
+        if self.state.set_policy(replacement.policy(room_for(self.state.limit))) {
+            return Ok(self);
+        }
+        let what = "pages of the budget are in memory: choose the replacement before its regions are built";
+        Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Budget))
     }
 
     /// The limit, in bytes.

@@ -555,7 +555,7 @@ pub(super) fn leading_run(pages: &[PageKey]) -> Span {
 #[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
-    use crate::policy::S3Fifo;
+    use crate::policy::Replacement;
     use crate::reclaim::slots::Slots;
     use crate::reclaim::state::{key_of, room_for};
     use crate::source::{UnsealedMemfd, WritableFile};
@@ -570,7 +570,7 @@ mod tests {
         // Before Linux 6.8 there is no standby list.
         let Ok(arena) = Arena::new(number) else { return };
         let standby = Some(Standby::new(arena, Slots::new(number).unwrap()));
-        let state = State::new(1024, standby, Box::new(S3Fifo::new(room_for(1024)))).unwrap();
+        let state = State::new(1024, standby, Replacement::S3Fifo.policy(room_for(1024))).unwrap();
         let slots = &state.standby.as_ref().unwrap().slots;
         for _ in 0..2 {
             assert_eq!(slots.take(&mut state.try_choose().unwrap().ends, 8), (0, 8));

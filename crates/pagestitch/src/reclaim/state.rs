@@ -1,6 +1,6 @@
 //! The counts of a budget, and the choice of pages that leave.
 
-use crate::policy::{PageKey, Replacement};
+use crate::policy::{PageKey, ReplacementPolicy};
 use crate::reclaim::arrivals::Arrivals;
 use crate::reclaim::blocks::{BLOCK_PAGES, Blocks};
 use crate::reclaim::dirty::Writes;
@@ -16,10 +16,10 @@ use pagestitch_kernel::striped::Stripe;
 use pagestitch_kernel::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use pagestitch_kernel::sync::{Mutex, MutexGuard};
 use pagestitch_kernel::{Errno, Page};
-use std::fmt;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
+use std::{fmt, mem};
 
 /// The state of a budget, shared by its regions, of which each has a share `S`.
 pub(super) struct State<S> {
@@ -65,7 +65,7 @@ pub(super) struct Standby {
 /// Chooses the pages that leave, and their slots.
 #[derive(Debug)]
 pub(super) struct Chooser {
-    pub(super) policy: Box<dyn Replacement>,
+    pub(super) policy: Box<dyn ReplacementPolicy>,
     pub(super) blocks: Blocks,
     pub(super) ends: Ends,
     pub(super) sampling: Sampling,
@@ -96,7 +96,7 @@ impl<S: Send + Sync> State<S> {
     pub(super) fn new(
         limit: usize,
         standby: Option<Standby>,
-        policy: Box<dyn Replacement>,
+        policy: Box<dyn ReplacementPolicy>,
     ) -> Result<Self, Errno> {
         let slots = standby.as_ref().map_or(0, |standby| standby.slots.len());
         let sampling = Sampling::new(slots.saturating_sub(SPARE_SLOTS));
@@ -125,6 +125,19 @@ impl<S: Send + Sync> State<S> {
             tally: Tally::default(),
             generation: ForkGeneration::current(),
         })
+    }
+
+    /// Has pages leave by another policy. False, and nothing is changed, if the policy may know pages.
+    pub(super) fn set_policy(&self, mut policy: Box<dyn ReplacementPolicy>) -> bool {
+        let mut chooser = self.choose();
+        // A page takes memory before the policy gets it, which needs the lock.
+        let is_unused = self.frames() == 0;
+        if is_unused {
+            mem::swap(&mut chooser.policy, &mut policy);
+        }
+        // The other policy is freed without the lock, because no worker may wait for the allocator.
+        drop(chooser);
+        is_unused
     }
 
     /// The pages of memory in use or reserved.
@@ -443,11 +456,11 @@ pub(super) const MEMBERS_MAX: usize = 1 << 20;
 #[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
-    use crate::policy::S3Fifo;
+    use crate::policy::Replacement;
 
     #[test]
     fn a_block_of_which_some_pages_are_forgotten_still_leaves() {
-        let policy = Box::new(S3Fifo::new(room_for(BLOCKS_LEAST)));
+        let policy = Replacement::S3Fifo.policy(room_for(BLOCKS_LEAST));
         let state = State::<()>::new(BLOCKS_LEAST, None, policy).unwrap();
         let mut chooser = state.try_choose().unwrap();
         for (pages, left) in [(1, Some(512)), (511, Some(512)), (512, None)] {
