@@ -1,24 +1,44 @@
 //! Files that are read around the page cache: the bytes are those of any other read.
 
 use crate::bounded_corners::is_in_memory;
+use crate::bounded_writes::{BUDGET, PAGES, builder, moves_no_pages, pool, write_beside_flushes};
+use crate::changes::records_no_writes;
+use crate::inline_writes::word_of;
 use crate::{PAGE, pattern, reason};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use pagestitch::source::{FailureReason, FileSource, SharedFile};
-use pagestitch::{Access, Chunk, ErrorKind, Inline, Pool, Region, Source};
+use pagestitch::source::{FailureReason, FileSource, SharedFile, WritableFile};
+use pagestitch::{
+    Access, Budget, Chunk, Error, ErrorKind, Inline, Pool, Readahead, Region, Server, SharedRegion, Source,
+    WriteBack,
+};
 use pagestitch_testkit::this_test;
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 
 /// A file with these bytes, and its path; `None`, with a line that says so, where the file system cannot.
 pub(crate) fn direct(test: &str, bytes: &[u8]) -> Option<(Arc<FileSource>, PathBuf)> {
+    opened(test, bytes, |path| FileSource::open(path)?.direct())
+}
+
+/// As [`direct`], for a file that takes written pages.
+fn writable(test: &str, bytes: &[u8]) -> Option<(Arc<WritableFile>, PathBuf)> {
+    opened(test, bytes, |path| WritableFile::open(path)?.direct())
+}
+
+fn opened<F>(
+    test: &str,
+    bytes: &[u8],
+    open: impl FnOnce(&Path) -> Result<F, Error>,
+) -> Option<(Arc<F>, PathBuf)> {
     static FILES: AtomicU32 = AtomicU32::new(0);
     let number = FILES.fetch_add(1, Ordering::Relaxed);
     let path = std::env::temp_dir().join(format!("pagestitch-direct-{}-{number}", process::id()));
     fs::write(&path, bytes).unwrap();
-    match FileSource::open(&path).unwrap().direct() {
+    match open(&path) {
         Ok(file) => Some((Arc::new(file), path)),
         Err(error) => {
             assert_eq!(error.kind(), ErrorKind::UnusableFile, "{error}");
@@ -74,6 +94,88 @@ fn a_direct_read_of_a_truncated_file_is_an_error() {
     fs::remove_file(path).unwrap();
 }
 
+/// The pages of a file in the page cache, which shows them in place.
+struct Cache {
+    file: File,
+    in_place: SharedRegion,
+}
+
+impl Cache {
+    fn of(path: &Path) -> Self {
+        let chunk = SharedFile::open(path, Access::ReadOnly).unwrap();
+        Self {
+            file: File::open(path).unwrap(),
+            in_place: Region::builder().chunk(chunk).build_shared(&pool(1)).unwrap(),
+        }
+    }
+
+    fn pages(&self) -> usize {
+        (0..self.in_place.len().div_ceil(PAGE)).filter(|page| is_in_memory(&self.in_place, *page)).count()
+    }
+
+    /// A file system in memory keeps them.
+    fn empty(&self) {
+        self.file.sync_all().unwrap();
+        posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    }
+}
+
+#[test]
+fn no_write_is_lost_in_a_file_that_is_read_around_the_page_cache() {
+    if moves_no_pages() {
+        return;
+    }
+    for (server, threads) in [(Server::from(&pool(2)), 3), (Server::from(Inline), 3)] {
+        let Some((file, path)) = writable(this_test!(), &vec![0; PAGES * PAGE]) else { return };
+        let (budget, cache) = (Budget::bytes(BUDGET).unwrap(), Cache::of(&path));
+        cache.empty();
+        let is_on_disk = cache.pages() == 0;
+        let region = builder(&budget, Chunk::writable(file)).build_shared(server).unwrap();
+        let shadow = write_beside_flushes(&region, &budget, threads);
+        assert!(budget.metrics().write_backs > 500, "{:?}", budget.metrics());
+        region.finish().unwrap();
+        let cached = cache.pages();
+        assert!(!is_on_disk || cached < PAGES / 50, "{cached} pages in the page cache");
+        let file = File::open(&path).unwrap();
+        shadow.iter().enumerate().for_each(|(page, expected)| assert_eq!(word_of(&file, page), *expected));
+        fs::remove_file(path).unwrap();
+    }
+}
+
+/// Several pages are read at once, as none can hang. They arrive with the marker of a page that is not written.
+#[test]
+fn pages_of_a_direct_file_without_a_budget_are_written_back() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let before = pattern(5, 64 * PAGE);
+    let Some((file, path)) = writable(this_test!(), &before) else { return };
+    let region = Region::builder().chunk(Chunk::writable(file)).write_back(WriteBack::ToSource);
+    let region = region.readahead(Readahead::None).build_shared(&pool(1)).unwrap();
+    thread::scope(|scope| {
+        for thread in 0..8 {
+            let region = &region;
+            scope.spawn(move || {
+                for page in (thread..64).step_by(8) {
+                    let mut byte = [0];
+                    region.read_at((page * PAGE) as u64, &mut byte).unwrap();
+                    if page % 3 == 0 {
+                        region.write_at((page * PAGE) as u64, &[byte[0] ^ 0xff]).unwrap();
+                    }
+                }
+            });
+        }
+    });
+    region.finish().unwrap();
+    let after = fs::read(&path).unwrap();
+    for page in 0..64 {
+        let changed = if page % 3 == 0 { 0xff } else { 0 };
+        assert_eq!(after[page * PAGE], before[page * PAGE] ^ changed, "page {page}");
+        assert!(after[page * PAGE + 1..][..PAGE - 1] == before[page * PAGE + 1..][..PAGE - 1], "page {page}");
+    }
+    fs::remove_file(path).unwrap();
+}
+
 /// The pages at the start and the end have another chunk, too, so that they come through the page cache.
 #[test]
 fn a_whole_page_that_is_read_inline_passes_around_the_page_cache() {
@@ -84,22 +186,18 @@ fn a_whole_page_that_is_read_inline_passes_around_the_page_cache() {
         chunks.build(Inline).unwrap()
     };
     let (aligned, shifted) = (build(&[7; PAGE]), build(&[7; PAGE + 1]));
-    let opened = File::open(&path).unwrap();
-    let in_place = Region::builder().chunk(SharedFile::open(&path, Access::ReadOnly).unwrap());
-    let in_place = in_place.build_shared(&Pool::builder().workers(1).start().unwrap()).unwrap();
-    let cached = || (0..41).filter(|page| is_in_memory(&in_place, *page)).count();
-    opened.sync_all().unwrap();
-    posix_fadvise(&opened, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
-    if cached() > 0 {
+    let cache = Cache::of(&path);
+    cache.empty();
+    if cache.pages() > 0 {
         // A file system in memory, for example.
         return println!("SKIPPED {}: the file stays in the page cache", this_test!());
     }
     for page in [30, 1, 17] {
         assert_eq!(aligned.as_slice()[page * PAGE], bytes[(page - 1) * PAGE], "page {page}");
     }
-    assert_eq!(cached(), 0);
+    assert_eq!(cache.pages(), 0);
     assert!(aligned.as_slice()[PAGE..] == bytes);
     assert!(shifted.as_slice()[PAGE + 1..] == bytes);
-    assert!(cached() > 0, "pages that do not begin with a block of the disk");
+    assert!(cache.pages() > 0, "pages that do not begin with a block of the disk");
     fs::remove_file(path).unwrap();
 }

@@ -104,13 +104,18 @@ impl Backing {
     /// The file whose bytes are those of the source, at the same offsets, without any code of it.
     pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Self::Read(read) => match &read.0.beside {
-                Beside::File(source) => Some(source.file()),
-                Beside::Writer(_, source) => source.as_ref().map(|source| source.file()),
-                Beside::None | Beside::Promise => None,
-            },
             Self::Immutable(file) => Some(file.stable().file().as_fd()),
-            _ => None,
+            _ => self.read_file().map(FileSource::file),
+        }
+    }
+
+    /// As [`file`](Self::file), if it is read in the way of a [`FileSource`].
+    fn read_file(&self) -> Option<&FileSource> {
+        let Self::Read(read) = self else { return None };
+        match &read.0.beside {
+            Beside::File(source) => Some(source),
+            Beside::Writer(_, file) => file.as_ref().map(|file| file.reads()),
+            Beside::None | Beside::Promise => None,
         }
     }
 
@@ -118,7 +123,7 @@ impl Backing {
     pub(crate) fn file_to_write(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Read(read) => match &read.0.beside {
-                Beside::Writer(_, file) => file.as_ref().map(|file| file.file()),
+                Beside::Writer(_, file) => file.as_ref().map(|file| file.reads().file()),
                 _ => None,
             },
             _ => None,
@@ -127,13 +132,7 @@ impl Backing {
 
     /// The file that is read around the page cache. It has the bytes of the source at the same offsets.
     pub(crate) fn direct_file(&self) -> Option<&DirectFile> {
-        match self {
-            Self::Read(read) => match &read.0.beside {
-                Beside::File(source) => source.direct_file(),
-                _ => None,
-            },
-            _ => None,
-        }
+        self.read_file().and_then(FileSource::direct_file)
     }
 
     /// True if code of the user, another process or another machine may decide how long a read of the source takes.
@@ -149,12 +148,10 @@ impl Backing {
     /// Fills `into` from the [file](Self::file), in a signal handler. `Some(false)` if the read fails; `None` if there
     /// is no file.
     pub(crate) fn fill_in_handler(&self, offset: u64, into: &mut [u8]) -> Option<bool> {
-        if let Self::Read(read) = self {
-            if let Beside::File(source) = &read.0.beside {
-                return Some(source.fill_in_handler(offset, into));
-            }
+        match self.read_file() {
+            Some(source) => Some(source.fill_in_handler(offset, into)),
+            None => self.file().map(|file| fill_from(file, offset, into)),
         }
-        self.file().map(|file| fill_from(file, offset, into))
     }
 
     /// A source that vouches for its bytes, or the source that it wraps if that needs no read.

@@ -75,7 +75,7 @@ impl FileSource {
     pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
         let (size, _) = check(&mut file, &path)?;
-        Ok(Self { file: Arc::new(file), size, path, direct: None })
+        Ok(Self::new(file, size, path))
     }
 
     /// Reads around the page cache, so that bytes in a region take no memory twice: for files larger than
@@ -146,6 +146,14 @@ impl FileSource {
         } else {
             Ok(())
         }
+    }
+
+    pub(super) fn new(file: fs::File, size: u64, path: PathBuf) -> Self {
+        Self { file: Arc::new(file), size, path, direct: None }
+    }
+
+    pub(super) fn as_file(&self) -> &fs::File {
+        &self.file
     }
 
     /// The file, for reads through the page cache.

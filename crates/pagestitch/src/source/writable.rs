@@ -1,14 +1,14 @@
 //! Sources that take bytes back.
 
 use super::contract::Source;
-use super::file::{self, read_exact};
+use super::file::{self, FileSource};
 use crate::error::{Error, ErrorKind, FailureReason};
 use crate::guard::guarded;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::libc;
 use pagestitch_kernel::Access;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -135,9 +135,7 @@ pub(crate) fn write_all(source: &dyn WritableSource, offset: u64, bytes: &[u8]) 
 /// ```
 #[derive(Debug)]
 pub struct WritableFile {
-    file: fs::File,
-    size: u64,
-    path: PathBuf,
+    reads: FileSource,
     /// The errno of the first sync that has failed; 0 for none. Locked by each sync, because the kernel tells one
     /// caller, and no other one may return before that is noted.
     failed_sync: Mutex<i32>,
@@ -164,7 +162,10 @@ impl WritableFile {
     pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
         match file::check(&mut file, &path)? {
-            (size, Access::Writable) => Ok(Self { file, size, path, failed_sync: Mutex::new(0) }),
+            (size, Access::Writable) => {
+                let reads = FileSource::new(file, size, path);
+                Ok(Self { reads, failed_sync: Mutex::new(0) })
+            }
             _ => {
                 let what = format!("{} is open for reading only: open it for writing too", path.display());
                 Err(Error::new(ErrorKind::UnusableFile, what).at_path(&path))
@@ -174,48 +175,78 @@ impl WritableFile {
 }
 
 impl WritableFile {
-    pub(super) fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    /// Pages are read around the page cache, as by [`FileSource::direct`], so that memory is not spent twice. Written
+    /// pages pass through the page cache, and the next [`sync`](WritableSource::sync), as of a
+    /// [`flush`](crate::AnyRegion::flush), frees them there, with all other pages of the file. A page that is
+    /// written back and touched again at once waits for the disk twice.
+    ///
+    /// # Errors
+    ///
+    /// As [`FileSource::direct`].
+    ///
+    /// ```
+    /// use pagestitch::source::WritableFile;
+    /// use std::fs::File;
+    ///
+    /// # let path = std::env::temp_dir().join(format!("pagestitch-writable-{}", std::process::id()));
+    /// # File::create(&path)?.set_len(1 << 20)?;
+    /// let table = WritableFile::open(&path)?.direct().or_else(|_| WritableFile::open(&path))?;
+    /// # drop(table);
+    /// # std::fs::remove_file(&path)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn direct(self) -> Result<Self, Error> {
+        Ok(Self { reads: self.reads.direct()?, ..self })
+    }
+
+    /// The file, as it is read.
+    pub(super) const fn reads(&self) -> &FileSource {
+        &self.reads
     }
 }
 
 impl Source for WritableFile {
     fn size(&self) -> u64 {
-        self.size
+        self.reads.size()
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        read_exact(&self.file, offset, into)
+        self.reads.read_at(offset, into)
     }
 
     fn name(&self) -> String {
-        self.path.display().to_string()
+        self.reads.name()
     }
 }
 
 impl WritableSource for WritableFile {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
         // A truncated file must not grow again with a hole in it.
-        let metadata = self.file.metadata()?;
+        let file = self.reads.as_file();
+        let metadata = file.metadata()?;
         let room = if metadata.is_file() { metadata.len().saturating_sub(offset) } else { u64::MAX };
         if room == 0 {
             let what = format!("the file ends at byte {}: it was truncated while in use", metadata.len());
             return Err(FailureReason::Truncated.error(what));
         }
         let bytes = &bytes[..bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX))];
-        self.file.write_at(bytes, offset)
+        file.write_at(bytes, offset)
     }
 
     fn sync(&self) -> io::Result<()> {
         let mut failed = self.failed_sync.lock().unwrap_or_else(PoisonError::into_inner);
         if *failed == 0 {
-            let synced = self.file.sync_data();
+            let synced = self.reads.as_file().sync_data();
             *failed = synced.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
         }
-        match *failed {
-            0 => Ok(()),
-            errno => Err(io::Error::from_raw_os_error(errno)),
+        if *failed != 0 {
+            return Err(io::Error::from_raw_os_error(*failed));
         }
+        if self.reads.direct_file().is_some() {
+            // The disk has them. A refusal costs memory, and no byte.
+            let _ = posix_fadvise(self.reads.as_file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        }
+        Ok(())
     }
 }
 
