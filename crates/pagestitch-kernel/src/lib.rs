@@ -18,6 +18,7 @@
 //! | | [`fd_queue`] | descriptors in a socket, which outlive the process that has sent them |
 //! | | [`cache`] | a hint to the processor that values are needed soon |
 //! | | [`file_read`], [`file_write`] | reads and writes of files that a signal handler may make |
+//! | | [`nap`] | a short sleep that a signal handler may take |
 //! | | [`direct_read`] | reads of files around the page cache |
 //! | | [`priority`] | the nice value of a thread |
 //! | | [`replace`] | a file that is written as a whole, or stays as it was |
@@ -112,6 +113,7 @@ pub mod mapped_buffer;
 mod mapping;
 pub mod memfd;
 pub mod memory_left;
+pub mod nap;
 pub mod page;
 pub mod page_scan;
 pub mod pages;

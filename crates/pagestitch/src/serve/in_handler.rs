@@ -14,6 +14,7 @@ use crate::space::page_table::{Claim, PageState, Unclaimed};
 use crate::space::{Mapping, Piece};
 use pagestitch_kernel::event::Touch;
 use pagestitch_kernel::fork::ForkGeneration;
+use pagestitch_kernel::nap::nap;
 use pagestitch_kernel::sigbus::FaultHandler;
 use pagestitch_kernel::striped::{STRIPES, Stripe, own_stripe};
 use pagestitch_kernel::{Page, Span};
@@ -201,7 +202,7 @@ fn wait_a_moment(region: &Mapping, page: Page) {
         hint::spin_loop();
     }
     if piece_of(region, page).backing.file().is_some() {
-        thread::sleep(READ);
+        nap(READ);
     } else if region.counters.local().faults.get() % YIELD_EVERY == 0 {
         // The filling thread may need this CPU. Not each time, because a yield takes longer than the wait.
         thread::yield_now();
