@@ -75,7 +75,7 @@ fn signal_handlers_evict_at_once() {
 }
 
 #[test]
-fn a_long_scan_displaces_pages_that_came_twice_in_the_order_of_their_coming_alone() {
+fn a_long_scan_displaces_pages_in_use_with_fifo_alone() {
     for replacement in [Replacement::S3Fifo, Replacement::Fifo] {
         let budget = Budget::bytes(BUDGET).unwrap().with_replacement(replacement).unwrap();
         let region = Region::builder().chunk(words(32 << 20)).readahead(Readahead::None).budget(&budget);
@@ -96,6 +96,24 @@ fn a_long_scan_displaces_pages_that_came_twice_in_the_order_of_their_coming_alon
             _ => assert!(again < 10, "{again} of 100 pages came again"),
         }
     }
+}
+
+#[test]
+fn pages_in_memory_leave_in_a_new_order_too() {
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let region = Region::builder().chunk(words(16 << 20)).readahead(Readahead::None).budget(&budget);
+    let region = region.build(&pool(1)).unwrap();
+    let touch = |page: usize| assert_ne!(region.as_slice()[page * PAGE + 8], 0, "page {page}");
+    (0..1_000).for_each(touch);
+    let _ = budget.clone().with_replacement(Replacement::Fifo).unwrap();
+    (1_000..4_000).for_each(touch);
+    let before = budget.metrics().refaults;
+    (0..1_000).for_each(touch);
+    let metrics = budget.metrics();
+    assert!(
+        metrics.refaults > before + 900 && metrics.overruns == 0,
+        "{before} refaults before, {metrics:?}"
+    );
 }
 
 #[test]
@@ -234,13 +252,17 @@ fn each_region_keeps_within_its_own_budget(server: impl Into<Server>) {
     let most = scope(|scope| {
         let sampler = scope.spawn(|| {
             let mut most = [0; 2];
-            while !is_over.load(Ordering::Relaxed) {
+            loop {
+                // Read before, so that the last sample is one of the end.
+                let is_last = is_over.load(Ordering::SeqCst);
                 for (most, (budget, _)) in most.iter_mut().zip(&parts) {
                     *most = budget.resident_bytes().max(*most);
                 }
+                if is_last {
+                    break most;
+                }
                 thread::yield_now();
             }
-            most
         });
         let readers: Vec<_> = (0..)
             .zip(&parts)
@@ -254,7 +276,7 @@ fn each_region_keeps_within_its_own_budget(server: impl Into<Server>) {
             })
             .collect();
         readers.into_iter().for_each(|reader| reader.join().unwrap());
-        is_over.store(true, Ordering::Relaxed);
+        is_over.store(true, Ordering::SeqCst);
         sampler.join().unwrap()
     });
     for (most, (budget, _)) in most.iter().zip(&parts) {

@@ -14,7 +14,7 @@
 //! | a fetch that answers | `fetch`, `page_reads` | the pages of the fetch | the answer | as for the fault, or as for the prefetch |
 //! | `populate`, `read_at` | `serve/populate` | absent pages | sources | the policy of the chunk; the caller sleeps through a pause |
 //! | `retry_failed` | `serve/retry_failed` | a poisoned page | sources | the page stays poisoned |
-//! | a signal handler | `serve/in_handler` | the page | memory, files | the page stays absent, and the thread gets its signal |
+//! | a signal handler | `serve/in_handler` | the page, or a later one while that is in work | memory, files | the page stays absent, and the thread gets its signal |
 
 mod beside;
 pub(crate) mod callers;

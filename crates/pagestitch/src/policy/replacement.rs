@@ -19,7 +19,8 @@ use std::fmt;
 pub(crate) type PageKey = u64;
 
 /// The order in which pages of a [`Budget`](crate::Budget) leave: see
-/// [`with_replacement`](crate::Budget::with_replacement).
+/// [`with_replacement`](crate::Budget::with_replacement). Whole blocks that a sequential reader has left behind leave
+/// before all others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Replacement {

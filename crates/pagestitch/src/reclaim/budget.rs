@@ -162,24 +162,23 @@ impl Budget {
         }
     }
 
-    /// Has pages leave in another order: call it before the budget has regions with pages in memory.
+    /// Has pages leave in another order, also those that are in memory. All clones of the budget have the new order.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidOption`] if pages of the budget are in memory.
+    /// [`ErrorKind::ForkedChild`] for a budget of the parent process.
     ///
     /// ```
     /// use pagestitch::{Budget, Replacement};
     ///
     /// let budget = Budget::bytes(64 << 20)?.with_replacement(Replacement::Fifo)?;
+    /// # let _ = budget;
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn with_replacement(self, replacement: Replacement) -> Result<Self, Error> {
-        if self.state.set_policy(replacement.policy(room_for(self.state.limit))) {
-            return Ok(self);
-        }
-        let what = "pages of the budget are in memory: choose the replacement before its regions are built";
-        Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Budget))
+        self.check_process()?;
+        self.state.set_policy(replacement.policy(room_for(self.state.limit)));
+        Ok(self)
     }
 
     /// The limit, in bytes.
@@ -358,12 +357,18 @@ impl Budget {
         }
     }
 
+    /// Refuses a budget of the parent process, whose locks another thread may have held at the fork.
+    fn check_process(&self) -> Result<(), Error> {
+        if self.state.generation.is_current() {
+            return Ok(());
+        }
+        let what = "the budget belongs to the parent process: after fork(2), make a budget in the child";
+        Err(Error::new(ErrorKind::ForkedChild, what).of_option(BuildOption::Budget))
+    }
+
     /// Refuses a region that `threads` threads serve, if they need more than the budget.
     pub(crate) fn check(&self, threads: usize) -> Result<(), Error> {
-        if !self.state.generation.is_current() {
-            let what = "the budget belongs to the parent process: after fork(2), make a budget in the child";
-            return Err(Error::new(ErrorKind::ForkedChild, what).of_option(BuildOption::Budget));
-        }
+        self.check_process()?;
         let least = LEAST + threads * THREAD_PAGES;
         self.state.marks.need(least);
         if self.state.limit >= least {

@@ -8,6 +8,7 @@ use crate::reclaim::evictor::Evictor;
 use crate::reclaim::marks::Marks;
 use crate::reclaim::sampling::Sampling;
 use crate::reclaim::slots::{Emptying, Ends, Slots};
+use crate::signals::NoSignals;
 use pagestitch_kernel::arena::{Arena, Discards};
 use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::mapped_buffer::MappedBuffer;
@@ -127,17 +128,19 @@ impl<S: Send + Sync> State<S> {
         })
     }
 
-    /// Has pages leave by another policy. False, and nothing is changed, if the policy may know pages.
-    pub(super) fn set_policy(&self, mut policy: Box<dyn ReplacementPolicy>) -> bool {
+    /// Has pages leave by another policy, which gets the pages of the one before in the order of their leaving.
+    pub(super) fn set_policy(&self, mut policy: Box<dyn ReplacementPolicy>) {
+        // A handler that touches a page of the budget may wait for the thread that has the lock.
+        let quiet = NoSignals::until_dropped();
         let mut chooser = self.choose();
-        // A page takes memory before the policy gets it, which needs the lock.
-        let is_unused = self.frames() == 0;
-        if is_unused {
-            mem::swap(&mut chooser.policy, &mut policy);
+        while let Some(page) = chooser.policy.victim() {
+            policy.admit(page, false);
         }
-        // The other policy is freed without the lock, because no worker may wait for the allocator.
+        mem::swap(&mut chooser.policy, &mut policy);
         drop(chooser);
-        is_unused
+        drop(quiet);
+        // The other policy is freed without the lock, because no worker may wait for the allocator.
+        drop(policy);
     }
 
     /// The pages of memory in use or reserved.

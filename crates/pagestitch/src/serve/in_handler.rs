@@ -1,8 +1,8 @@
 //! Serves a fault in the signal handler of the thread that took it: the journey of a page, and what a thread
 //! does while another one fills its page.
 //!
-//! The code here takes no lock, allocates nothing and calls no code of a source, because the signal may
-//! interrupt any code.
+//! [`Handler::serve`](FaultHandler::serve) and its callees take no lock, allocate nothing and call no code of a
+//! source, because the signal may interrupt any code.
 
 use crate::fault::callers;
 use crate::fault::fill::{Filled, fill_inline, gather_inline};
@@ -56,7 +56,7 @@ unsafe impl FaultHandler for Handler {
             }
         }
         free_page(&self.region);
-        let is_served = match serve(self, page, touch) {
+        let is_served = match serve(self, page, Some(touch)) {
             Outcome::TouchAgain => true,
             Outcome::InWork => {
                 fill_meanwhile(self, page);
@@ -127,9 +127,11 @@ fn tidy(region: &Mapping) {
     }
 }
 
+/// Fills a page. `touch`: that of this thread; `None` for a page that it has not touched.
+///
 /// Not a part of its caller, which evicts pages before and after it, and needs the stack for that.
 #[inline(never)]
-fn serve(owner: &Handler, page: Page, touch: Touch) -> Outcome {
+fn serve(owner: &Handler, page: Page, touch: Option<Touch>) -> Outcome {
     let region = owner.region.as_ref();
     let before = region.pages.state(page);
     let mut handler = InHandler { owner, touch, before, buffer: None };
@@ -157,10 +159,10 @@ fn serve(owner: &Handler, page: Page, touch: Touch) -> Outcome {
 #[cold]
 #[inline(never)]
 fn fill_meanwhile(owner: &Handler, page: Page) {
-    match absent_behind(&owner.region, page) {
-        // After a failure the next page is absent again, and a touch of it tells.
-        Some(next) => _ = serve(owner, next, Touch::Read),
-        None => wait_a_moment(&owner.region, page),
+    let next = absent_behind(&owner.region, page);
+    let is_filled = next.is_some_and(|next| serve(owner, next, None) != Outcome::Failed);
+    if !is_filled {
+        wait_a_moment(&owner.region, page);
     }
 }
 
@@ -171,8 +173,8 @@ fn absent_behind(region: &Mapping, page: Page) -> Option<Page> {
         return None;
     }
     let next = page.0 + 1;
-    // A region that grows has fewer pages than its table.
-    let whole = (region.layout.total() / PAGE as u64) as usize;
+    // Not the pages of a chunk that is being appended: they are closed, and the chunk may be taken back.
+    let whole = (region.len() / PAGE as u64) as usize;
     let behind = Span { first: Page(next), pages: NEAR.min(whole.saturating_sub(next)) };
     let near = region.in_place.next_gap(behind);
     let mut pages = (near.first.0..near.end().0).map(Page);
@@ -182,8 +184,12 @@ fn absent_behind(region: &Mapping, page: Page) -> Option<Page> {
 
 /// True if the bytes of a page are in memory, or in the file of another page.
 fn is_as_quick(region: &Mapping, page: Page, other: Page) -> bool {
+    if fill_inline(region, page).is_some() {
+        return true;
+    }
     let (piece, other) = (piece_of(region, page), piece_of(region, other));
-    fill_inline(region, page).is_some() || piece.bytes == PAGE as u64 && ptr::eq(piece.backing, other.backing)
+    let is_whole = piece.bytes == PAGE as u64;
+    is_whole && ptr::eq(piece.backing, other.backing) && piece.backing.file().is_some()
 }
 
 /// The bytes of a page, up to the end of the chunk at its start.
@@ -202,7 +208,7 @@ fn wait_a_moment(region: &Mapping, page: Page) {
         hint::spin_loop();
     }
     if piece_of(region, page).backing.file().is_some() {
-        nap(READ);
+        nap(MOMENT);
     } else if region.counters.local().faults.get() % YIELD_EVERY == 0 {
         // The filling thread may need this CPU. Not each time, because a yield takes longer than the wait.
         thread::yield_now();
@@ -212,7 +218,8 @@ fn wait_a_moment(region: &Mapping, page: Page) {
 /// A page is present, or another thread is about to poison it.
 #[cold]
 #[inline(never)]
-fn touch_again(region: &Mapping, page: Page, touch: Touch, reason: Unclaimed) {
+fn touch_again(region: &Mapping, page: Page, touch: Option<Touch>, reason: Unclaimed) {
+    let Some(touch) = touch else { return };
     if reason == Unclaimed::Resident {
         region.counters.local().faults_spurious.add(1);
         if touch != Touch::Read && lets_write(region, page) {
@@ -225,7 +232,8 @@ fn touch_again(region: &Mapping, page: Page, touch: Touch, reason: Unclaimed) {
 /// Fills pages in a signal handler.
 struct InHandler<'r> {
     owner: &'r Handler,
-    touch: Touch,
+    /// That of the thread; `None` for a page that it has not touched.
+    touch: Option<Touch>,
     /// The state of the page before the fault.
     before: PageState,
     /// Not on the stack, because it may be a small one.
@@ -239,12 +247,16 @@ impl InHandler<'_> {
         if callers::fills_itself(self.owner.region.as_ref(), page) {
             // A handler of the application has interrupted this thread while it fills the page.
             let is_there = fill_beside(&self.owner.region, page, self);
-            if is_there && self.touch != Touch::Read {
+            if is_there && self.is_write() {
                 let_write_beside(&self.owner.region, page.span());
             }
             return if is_there { Outcome::TouchAgain } else { Outcome::Failed };
         }
         Outcome::InWork
+    }
+
+    fn is_write(&self) -> bool {
+        self.touch.is_some_and(|touch| touch != Touch::Read)
     }
 
     fn gather(&mut self, page: Page) -> Result<Filled<'_>, InstallError> {
@@ -286,7 +298,13 @@ impl Filler for InHandler<'_> {
     const MODE: Mode = Mode::InSignalHandler;
 
     fn writes(&self, claimed: Span) -> Option<Page> {
-        (self.touch != Touch::Read).then_some(claimed.first)
+        self.is_write().then_some(claimed.first)
+    }
+
+    fn installed(&mut self, pages: usize) {
+        if self.touch.is_none() {
+            self.owner.region.counters.local().pages_ahead.add(pages as u64);
+        }
     }
 
     fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
@@ -315,8 +333,8 @@ pub(super) const PAGE: usize = 4096;
 const NEAR: usize = 16;
 /// The turns of a wait for another thread: about half of a fill.
 const SPINS: usize = 32;
-/// A sleep while another thread reads a page from its disk.
-const READ: Duration = Duration::from_micros(20);
+/// A sleep while another thread reads a page of a file.
+const MOMENT: Duration = Duration::from_micros(20);
 /// A thread that finds its page in work gives the CPU away at one fault of so many.
 const YIELD_EVERY: u64 = 16;
 /// For a page in which chunks meet, or a page of a file. A thread only tries the lock, so it never
@@ -331,7 +349,7 @@ static BUFFERS: [Buffer; STRIPES] = [const { Stripe(Mutex::new(PageBuffer([0; PA
 mod tests {
     use super::*;
     use crate::api::AnyRegion;
-    use crate::source::FileSource;
+    use crate::source::{FileSource, UnsealedMemfd};
     use crate::{Budget, Chunk, Inline, Region};
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use nix::sys::wait::{WaitStatus, waitpid};
@@ -383,13 +401,16 @@ mod tests {
             touch_a_page_in_work(&region, touched);
             assert_eq!(present(&region), filled);
         }
-        assert_eq!(region.metrics().faults, 5);
+        let metrics = region.metrics();
+        assert_eq!((metrics.faults, metrics.pages_ahead, metrics.faults_spurious), (5, 3, 0));
         assert!(region.as_slice().iter().all(|&byte| byte == 7));
     }
 
     #[test]
     fn the_next_page_is_in_memory_or_in_the_same_file() {
-        let (first, second) = (file_of(2, 5), file_of(2, 6));
+        let _alone = ALONE.lock();
+        let source = |byte| FileSource::from_file(file_of(2, byte), "of a test").unwrap();
+        let (first, second) = (source(5), source(6));
         let chunks = [Chunk::from(first), Chunk::from(vec![7u8; PAGE]), Chunk::from(second)];
         let region = Region::builder().chunks(chunks).build_shared(Inline).unwrap();
         let steps = [(1, &[2][..]), (0, &[1, 2]), (2, &[1]), (3, &[1, 4])];
@@ -398,6 +419,38 @@ mod tests {
             touch_a_page_in_work(&region, touched);
             assert_eq!(present(&region), filled);
         }
+    }
+
+    #[test]
+    fn a_page_whose_file_has_become_shorter_is_tried_once() {
+        let _alone = ALONE.lock();
+        let file = file_of(3, 5);
+        let region =
+            Region::builder().chunk(FileSource::from_file(file.try_clone().unwrap(), "shorter").unwrap());
+        let region = region.build_shared(Inline).unwrap();
+        file.set_len(PAGE as u64).unwrap();
+        touch_a_page_in_work(&region, 0);
+        assert_eq!((present(&region), region.metrics().source_errors), (vec![], 1));
+    }
+
+    #[test]
+    fn no_page_in_place_is_filled() {
+        let memfd = UnsealedMemfd::create("in place", PAGE as u64).unwrap().seal().unwrap();
+        let chunks = [Chunk::from(vec![7u8; PAGE]), Chunk::from(memfd), Chunk::from(vec![9u8; PAGE])];
+        let region = Region::builder().chunks(chunks).build(Inline).unwrap();
+        assert_eq!(region.metrics().pages_in_place, 1);
+        touch_a_page_in_work(&region, 0);
+        assert_eq!(present(&region), [2]);
+    }
+
+    #[test]
+    fn no_page_of_a_chunk_is_filled_before_its_append_has_ended() {
+        let growing =
+            Region::builder().capacity(4 * PAGE as u64).chunk(vec![7u8; 100]).build(Inline).unwrap();
+        let served = growing.served();
+        served.layout.append(0, &Chunk::from(vec![8u8; 2 * PAGE]));
+        touch_a_page_in_work(&growing, 0);
+        assert_eq!(present(&growing), []);
     }
 
     #[test]
@@ -428,10 +481,10 @@ mod tests {
         (0..region.served().target.all().pages).filter(is_present).collect()
     }
 
-    fn file_of(pages: usize, byte: u8) -> FileSource {
+    fn file_of(pages: usize, byte: u8) -> fs::File {
         let mut file = fs::File::from(memfd_create(c"inline", MFdFlags::MFD_CLOEXEC).unwrap());
         file.write_all(&vec![byte; pages * PAGE]).unwrap();
-        FileSource::from_file(file, "of a test").unwrap()
+        file
     }
 
     #[test]
@@ -450,7 +503,7 @@ mod tests {
             let busy: Vec<_> = BUFFERS[1..].iter().map(|buffer| buffer.lock()).collect();
             let serves = Handler { region: Arc::clone(&served), buffers: &BUFFERS };
             thread::spawn(move || {
-                (0..3).for_each(|page| done.send(serve(&serves, Page(page), Touch::Read)).unwrap())
+                (0..3).for_each(|page| done.send(serve(&serves, Page(page), Some(Touch::Read))).unwrap())
             });
             for page in 0..3 {
                 let outcome = is_done.recv_timeout(Duration::from_secs(20));

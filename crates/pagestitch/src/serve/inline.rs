@@ -40,8 +40,10 @@ use std::sync::Arc;
 ///   After a failure a thread of the budget (`pagestitch/wb`) writes them, and a touch without room waits for it. If
 ///   sources take no bytes back for three seconds, the touch raises SIGBUS, and
 ///   [`flush`](crate::AnyRegion::flush) tells the reason.
-/// * **Readahead**: none. A fault fills one page; `populate` pages that are read in any case. Threads that
-///   touch the same page at once fill it and the next absent ones, except in a budget.
+/// * **Readahead**: none. A fault fills one page; `populate` pages that are read in any case.
+/// * **Threads that touch the same page** at once: one fills it, and the others the next absent pages, so that
+///   such threads share their work. These pages are in memory, or in the file of the touched page: its thread may then
+///   wait for the read of a page that no thread touches. Not in a budget.
 /// * **SIGBUS handlers** of the application that are installed before the first inline region: our
 ///   handler calls them for the signals of other memory, with the mask that they were installed
 ///   with.

@@ -234,19 +234,27 @@ impl WritableSource for WritableFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut failed = self.failed_sync.lock().unwrap_or_else(PoisonError::into_inner);
-        if *failed == 0 {
-            let synced = self.reads.as_file().sync_data();
-            *failed = synced.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
-        }
-        if *failed != 0 {
-            return Err(io::Error::from_raw_os_error(*failed));
-        }
+        self.sync_once()?;
         if self.reads.direct_file().is_some() {
             // The disk has them. A refusal costs memory, and no byte.
             let _ = posix_fadvise(self.reads.as_file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         }
         Ok(())
+    }
+}
+
+impl WritableFile {
+    /// Syncs, unless a sync has failed before.
+    fn sync_once(&self) -> io::Result<()> {
+        let mut failed = self.failed_sync.lock().unwrap_or_else(PoisonError::into_inner);
+        if *failed == 0 {
+            let synced = self.reads.as_file().sync_data();
+            *failed = synced.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
+        }
+        match *failed {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
     }
 }
 
