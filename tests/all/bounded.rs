@@ -104,11 +104,11 @@ fn pages_in_memory_leave_in_a_new_order_too() {
     let region = Region::builder().chunk(words(16 << 20)).readahead(Readahead::None).budget(&budget);
     let region = region.build(&pool(1)).unwrap();
     let touch = |page: usize| assert_ne!(region.as_slice()[page * PAGE + 8], 0, "page {page}");
-    (0..1_000).for_each(touch);
+    (0..2_000).for_each(touch);
     let _ = budget.clone().with_replacement(Replacement::Fifo).unwrap();
-    (1_000..4_000).for_each(touch);
+    (2_000..4_000).for_each(touch);
     let before = budget.metrics().refaults;
-    (0..1_000).for_each(touch);
+    (1_000..2_000).for_each(touch);
     let metrics = budget.metrics();
     assert!(
         metrics.refaults > before + 900 && metrics.overruns == 0,

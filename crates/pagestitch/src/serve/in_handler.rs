@@ -448,7 +448,9 @@ mod tests {
         let growing =
             Region::builder().capacity(4 * PAGE as u64).chunk(vec![7u8; 100]).build(Inline).unwrap();
         let served = growing.served();
-        served.layout.append(0, &Chunk::from(vec![8u8; 2 * PAGE]));
+        let grown = served.layout.grown(4 * PAGE as u64);
+        assert!(grown.append(0, &Chunk::from(vec![8u8; 2 * PAGE])));
+        served.layout.replace(grown);
         touch_a_page_in_work(&growing, 0);
         assert_eq!(present(&growing), []);
     }
