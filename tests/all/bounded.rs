@@ -185,9 +185,12 @@ fn holes_of_the_standby_list_are_used_again() {
     for round in 0..12 {
         (0..FEW).for_each(touch);
         let soft_before = budget.soft_faults();
-        let left = region.evict(..(FEW * PAGE) as u64).unwrap();
-        // The worker may still hold the last pages.
-        assert!(left >= (FEW * PAGE / 2) as u64, "round {round}: {left}, {:?}", budget.metrics());
+        // The worker may still hold the last pages, or the slots.
+        let mut left = 0;
+        until(|| {
+            left += region.evict(..(FEW * PAGE) as u64).unwrap();
+            left >= (FEW * PAGE / 2) as u64
+        });
         (0..FEW).for_each(touch);
         let came_back = budget.soft_faults() - soft_before;
         assert!(came_back > 200, "round {round}: {came_back} of {FEW} pages come back");

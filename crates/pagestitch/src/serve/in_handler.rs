@@ -136,7 +136,7 @@ fn serve(owner: &Handler, page: Page, touch: Option<Touch>) -> Outcome {
     let before = region.pages.state(page);
     let mut handler = InHandler { owner, touch, before, buffer: None };
     if before.is_claimed() {
-        // Not a journey: its claim would ask the other thread for a wake, and no thread sleeps.
+        // Not a journey: its claim would ask the other thread for a wake, and no thread waits for one.
         return handler.share(page);
     }
     match journey(region, Wanted::Touched(page, page.span()), &mut handler) {
