@@ -314,17 +314,30 @@ impl Filler for InHandler<'_> {
         self.gather(span.first)
     }
 
-    fn failed(&mut self, _: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
+    fn failed(&mut self, claim: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
         match error {
             InstallError::Changing => Err(Unfilled::Changing),
             // The thread frees memory, or waits for it, and touches the page again.
             InstallError::NoRoom => Err(Unfilled::Later),
-            // The bytes are gone, but the page may have come meanwhile, and be swapped out: the thread
-            // touches it again, and it is absent by then.
+            InstallError::Gone if has_come(&self.owner.region, claim) => Ok(()),
+            // The page may have come meanwhile although the kernel does not read it: the thread touches it again, and
+            // it is absent by then.
             InstallError::Gone if self.before == PageState::Present => Err(Unfilled::Changing),
             _ => Err(Unfilled::GivenBack),
         }
     }
+}
+
+/// Settles the first page of a claim whose bytes are gone, if that is because they have come into the region: another
+/// thread has filled the page before this one has claimed it, and it was swapped out. False if it is missing.
+#[cold]
+#[inline(never)]
+fn has_come(region: &Mapping, claim: &mut Claim<'_>) -> bool {
+    let is_here = region.target.can_be_read(claim.span().first);
+    if is_here {
+        claim.settle(1, PageState::Present);
+    }
+    is_here
 }
 
 /// The bytes of each page that it fills.
@@ -349,7 +362,7 @@ static BUFFERS: [Buffer; STRIPES] = [const { Stripe(Mutex::new(PageBuffer([0; PA
 mod tests {
     use super::*;
     use crate::api::AnyRegion;
-    use crate::source::{FileSource, UnsealedMemfd};
+    use crate::source::{FileSource, Pages, UnsealedMemfd};
     use crate::{Budget, Chunk, Inline, Region};
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use nix::sys::wait::{WaitStatus, waitpid};
@@ -431,6 +444,20 @@ mod tests {
         file.set_len(PAGE as u64).unwrap();
         touch_a_page_in_work(&region, 0);
         assert_eq!((present(&region), region.metrics().source_errors), (vec![], 1));
+    }
+
+    /// As a thread finds it whose fault comes late: another one has given the page back, because it was swapped out.
+    #[test]
+    fn a_donated_page_that_has_moved_is_not_asked_for_again() {
+        let mut pages = Pages::new(2 * PAGE).unwrap();
+        pages.fill(7);
+        let region = Region::builder().chunk(pages).build(Inline).unwrap();
+        region.populate(..).unwrap();
+        let served = region.served();
+        served.pages.mark_absent(Page(0));
+        let handler = Handler::new(served);
+        assert_eq!(serve(&handler, Page(0), Some(Touch::Read)), Outcome::TouchAgain);
+        assert_eq!((present(&region), region.as_slice()[5]), (vec![0, 1], 7));
     }
 
     #[test]

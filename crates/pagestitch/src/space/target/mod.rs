@@ -144,6 +144,18 @@ impl Target {
         }
     }
 
+    /// True if the kernel has a page, in memory or in swap: it reads a byte. In a region that is served inline, the
+    /// read of a page that is missing fails. Async-signal-safe.
+    pub(crate) fn can_be_read(&self, page: Page) -> bool {
+        match self {
+            Self::Owned(reservation) => {
+                let offset = reservation.page_size().offset_of(page);
+                reservation.read_at(offset, &mut [0]).is_ok()
+            }
+            Self::Foreign(_) => false,
+        }
+    }
+
     pub(crate) const fn foreign(&self) -> Option<&Foreign> {
         match self {
             Self::Owned(_) => None,
