@@ -1,7 +1,7 @@
 //! A short sleep that a signal handler may take.
 //!
-//! The C library's `nanosleep(2)` is a point at which a thread is cancelled, and a thread must not be inside of a
-//! handler. The bare system call is none. See `pthreads(7)`.
+//! The C library may cancel a thread in its `nanosleep(2)`, which a thread inside of a handler does not survive. It
+//! does not in a bare system call. See `pthreads(7)`.
 
 use nix::errno::Errno;
 use nix::libc;

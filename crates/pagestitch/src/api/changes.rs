@@ -87,8 +87,8 @@ impl AnyRegion {
     ///   `write_at` takes care of itself.
     /// * Nor is a page taken out without a report of the kernel, by a guard (`MADV_GUARD_INSTALL`) that is
     ///   removed again, or by a move with another userfaultfd.
-    /// * Nor is a page once more that a call has reported because it was discarded, if it is written and discarded
-    ///   again before the next call. Bytes that were read in between have that write.
+    /// * Nor is a page that a call reports because it was discarded, and that is then written and discarded once
+    ///   more: the next call does not report it. So bytes that were read between the two are out of date.
     ///
     /// With a [budget](crate::Builder::budget), a page is reported by each call from its first write on until it is
     /// back in its source, and once more. A flush before the call keeps the reports short, except for pages that

@@ -56,7 +56,7 @@ unsafe impl FaultHandler for Handler {
             }
         }
         free_page(&self.region);
-        let is_served = match serve(self, page, Some(touch)) {
+        let is_served = match fill_page(self, page, Some(touch)) {
             Outcome::TouchAgain => true,
             Outcome::InWork => {
                 fill_meanwhile(self, page);
@@ -131,7 +131,7 @@ fn tidy(region: &Mapping) {
 ///
 /// Not a part of its caller, which evicts pages before and after it, and needs the stack for that.
 #[inline(never)]
-fn serve(owner: &Handler, page: Page, touch: Option<Touch>) -> Outcome {
+fn fill_page(owner: &Handler, page: Page, touch: Option<Touch>) -> Outcome {
     let region = owner.region.as_ref();
     let before = region.pages.state(page);
     let mut handler = InHandler { owner, touch, before, buffer: None };
@@ -160,7 +160,7 @@ fn serve(owner: &Handler, page: Page, touch: Option<Touch>) -> Outcome {
 #[inline(never)]
 fn fill_meanwhile(owner: &Handler, page: Page) {
     let next = absent_behind(&owner.region, page);
-    let is_filled = next.is_some_and(|next| serve(owner, next, None) != Outcome::Failed);
+    let is_filled = next.is_some_and(|next| fill_page(owner, next, None) != Outcome::Failed);
     if !is_filled {
         wait_a_moment(&owner.region, page);
     }
@@ -241,7 +241,7 @@ struct InHandler<'r> {
 }
 
 impl InHandler<'_> {
-    /// Handles a page that is being filled. Returns as [`serve`].
+    /// Handles a page that is being filled. Returns as [`fill_page`].
     #[cold]
     fn share(&mut self, page: Page) -> Outcome {
         if callers::fills_itself(self.owner.region.as_ref(), page) {
@@ -456,7 +456,7 @@ mod tests {
         let served = region.served();
         served.pages.mark_absent(Page(0));
         let handler = Handler::new(served);
-        assert_eq!(serve(&handler, Page(0), Some(Touch::Read)), Outcome::TouchAgain);
+        assert_eq!(fill_page(&handler, Page(0), Some(Touch::Read)), Outcome::TouchAgain);
         assert_eq!((present(&region), region.as_slice()[5]), (vec![0, 1], 7));
     }
 
@@ -532,7 +532,7 @@ mod tests {
             let busy: Vec<_> = BUFFERS[1..].iter().map(|buffer| buffer.lock()).collect();
             let serves = Handler { region: Arc::clone(&served), buffers: &BUFFERS };
             thread::spawn(move || {
-                (0..3).for_each(|page| done.send(serve(&serves, Page(page), Some(Touch::Read))).unwrap())
+                (0..3).for_each(|page| done.send(fill_page(&serves, Page(page), Some(Touch::Read))).unwrap())
             });
             for page in 0..3 {
                 let outcome = is_done.recv_timeout(Duration::from_secs(20));

@@ -105,7 +105,7 @@ impl Backing {
     pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Immutable(file) => Some(file.stable().file().as_fd()),
-            _ => self.read_file().map(FileSource::file),
+            _ => self.read_file().map(|source| source.file().as_fd()),
         }
     }
 
@@ -123,7 +123,7 @@ impl Backing {
     pub(crate) fn file_to_write(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Read(read) => match &read.0.beside {
-                Beside::Writer(_, file) => file.as_ref().map(|file| file.reads().file()),
+                Beside::Writer(_, file) => file.as_ref().map(|file| file.reads().file().as_fd()),
                 _ => None,
             },
             _ => None,

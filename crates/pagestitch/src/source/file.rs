@@ -10,7 +10,7 @@ use pagestitch_kernel::limits::with_descriptors;
 use pagestitch_kernel::shared::readable;
 use std::fs;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -152,13 +152,9 @@ impl FileSource {
         Self { file: Arc::new(file), size, path, direct: None }
     }
 
-    pub(super) fn as_file(&self) -> &fs::File {
-        &self.file
-    }
-
     /// The file, for reads through the page cache.
-    pub(super) fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    pub(super) fn file(&self) -> &fs::File {
+        &self.file
     }
 
     /// The file for reads around the page cache.

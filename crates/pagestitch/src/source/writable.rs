@@ -172,9 +172,7 @@ impl WritableFile {
             }
         }
     }
-}
 
-impl WritableFile {
     /// Pages are read around the page cache, as by [`FileSource::direct`], so that memory is not spent twice. Written
     /// pages pass through the page cache, and the next [`sync`](WritableSource::sync), as of a
     /// [`flush`](crate::AnyRegion::flush), frees them there, with all other pages of the file. A page that is
@@ -203,6 +201,19 @@ impl WritableFile {
     pub(super) const fn reads(&self) -> &FileSource {
         &self.reads
     }
+
+    /// Syncs, unless a sync has failed before.
+    fn sync_once(&self) -> io::Result<()> {
+        let mut failed = self.failed_sync.lock().unwrap_or_else(PoisonError::into_inner);
+        if *failed == 0 {
+            let synced = self.reads.file().sync_data();
+            *failed = synced.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
+        }
+        match *failed {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
 }
 
 impl Source for WritableFile {
@@ -222,7 +233,7 @@ impl Source for WritableFile {
 impl WritableSource for WritableFile {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
         // A truncated file must not grow again with a hole in it.
-        let file = self.reads.as_file();
+        let file = self.reads.file();
         let metadata = file.metadata()?;
         let room = if metadata.is_file() { metadata.len().saturating_sub(offset) } else { u64::MAX };
         if room == 0 {
@@ -237,24 +248,9 @@ impl WritableSource for WritableFile {
         self.sync_once()?;
         if self.reads.direct_file().is_some() {
             // The disk has them. A refusal costs memory, and no byte.
-            let _ = posix_fadvise(self.reads.as_file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+            let _ = posix_fadvise(self.reads.file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         }
         Ok(())
-    }
-}
-
-impl WritableFile {
-    /// Syncs, unless a sync has failed before.
-    fn sync_once(&self) -> io::Result<()> {
-        let mut failed = self.failed_sync.lock().unwrap_or_else(PoisonError::into_inner);
-        if *failed == 0 {
-            let synced = self.reads.as_file().sync_data();
-            *failed = synced.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
-        }
-        match *failed {
-            0 => Ok(()),
-            errno => Err(io::Error::from_raw_os_error(errno)),
-        }
     }
 }
 
